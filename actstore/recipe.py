@@ -1,0 +1,133 @@
+"""The recipe: all that determines a pass's numbers; its digest is the identity of the pass (docs/format.md §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from .errors import InvalidInput, explain
+from .sealed import digest_of
+
+__all__ = ["CorpusIdentity", "ModelIdentity", "Recipe", "SaeIdentity"]
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelIdentity:
+    """Which model: names for people, digests for identity."""
+
+    name: str  # hub id or the folder's own name; never an absolute path
+    revision: str | None  # resolved commit of a hub model, else None
+    architecture: str  # the class named in config.json
+    config_digest: str  # sha256 of the configuration's canonical JSON
+    weights_digest: str  # sha256 over names, shapes, dtypes and bytes of all tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusIdentity:
+    """Which text and how it became rows: the first segment's documents, the tokenizer and the window."""
+
+    documents_digest: str  # sha256 over the canonical JSON of every document of segment 0, in order
+    tokenizer_digest: str
+    context: int  # tokens of a window, BOS included
+    stride: int  # tokens from one window's first text token to the next one's
+    shard_rows: int
+    batch_tokens: int  # padded tokens of a forward pass at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaeIdentity:
+    """Which sparse coder, read from which site."""
+
+    sae: str  # short id, unique in the store
+    site: str  # canonical name of the site it reads
+    width: int  # number of features
+    d_in: int  # width of the site
+    architecture: str
+    weights_digest: str  # sha256 of the weights file
+    release: str | None = None
+    sae_id: str | None = None
+    neuronpedia_id: str | None = None
+    revision: str | None = None
+    declared_l0: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that determines a pass's numbers; frozen, comparable, digested."""
+
+    model: ModelIdentity
+    corpus: CorpusIdentity
+    sites: tuple[str, ...] = ()
+    saes: tuple[SaeIdentity, ...] = ()
+    predictions: bool = True
+    lens_k: int = 0
+    lens_sites: tuple[str, ...] = ()
+    compute_dtype: str = "float32"
+    storage_dtype: str = "float32"
+    activation_bits: int = 10  # mantissa bits kept of a firing's float32 activation
+    encode_special: bool = False
+    tile_rows: int = 1024  # rows that an SAE encodes at once; part of identity because sums depend on it
+    attention_implementation: str = "eager"
+    intervention: None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("compute", self.compute_dtype), ("storage", self.storage_dtype)):
+            if value not in COMPUTE_DTYPES:
+                raise InvalidInput(explain(f"The {name} dtype {value!r} is not known", accepted=", ".join(COMPUTE_DTYPES)))
+        if not (self.sites or self.saes or self.lens_sites):
+            raise InvalidInput(_NOTHING_ASKED)
+        ids = [coder.sae for coder in self.saes]
+        if twice := {sae for sae in ids if ids.count(sae) > 1}:
+            raise InvalidInput(
+                explain(
+                    f"The SAE id {min(twice)!r} is given twice",
+                    accepted="ids that differ",
+                    next_step="name one of them yourself: --sae ANOTHER_ID=SOURCE",
+                )
+            )
+
+    @property
+    def digest(self) -> str:
+        """Identity of the pass: SHA-256 of the recipe's canonical JSON."""
+        return digest_of(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as plain JSON values."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Self:
+        """Return the recipe that `to_json` wrote; raises TypeError for fields it does not know."""
+        values = dict(body)
+        values["model"] = ModelIdentity(**values["model"])
+        values["corpus"] = CorpusIdentity(**values["corpus"])
+        values["saes"] = tuple(SaeIdentity(**coder) for coder in values["saes"])
+        values["sites"], values["lens_sites"] = tuple(values["sites"]), tuple(values["lens_sites"])
+        return cls(**values)
+
+    def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Return the fields that differ, `{"corpus.context": (self's, other's)}`."""
+        mine, theirs = _flat(self.to_json()), _flat(other.to_json())
+        return {key: (mine.get(key), theirs.get(key)) for key in mine | theirs if mine.get(key) != theirs.get(key)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _flat(body: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {field.name for field in fields(Recipe)} & {"model", "corpus"}
+    flat = {f"{name}.{key}": value for name in nested for key, value in body[name].items()}
+    flat |= {f"sae {coder['sae']}": coder for coder in body["saes"]}
+    return flat | {key: value for key, value in body.items() if key not in nested | {"saes"}}
+
+
+_NOTHING_ASKED = """Nothing was asked for: give at least one site, SAE or lens. For example:
+  actstore extract MODEL DATASET --out STORE --site resid_post.*
+  actstore extract MODEL DATASET --out STORE --sae google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71
+  actstore extract MODEL DATASET --out STORE --lens 5"""

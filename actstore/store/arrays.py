@@ -1,0 +1,139 @@
+"""Row-keyed matrices as sharded Zarr v3 arrays: metadata, one shard's bytes, reading (docs/format.md §5).
+
+A shard is encoded by zarr into memory and written by us, because durability (fsync, digest, one rename) is ours to promise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import MemoryStore
+
+from ..blocks import MatrixSpec
+from ..sealed import canonical_json
+from . import bfloat16 as _registered
+
+__all__ = [
+    "FILLER",
+    "array_metadata",
+    "compressors",
+    "dtype_of",
+    "encode_shard",
+    "group_metadata",
+    "lengthened",
+    "memory_array",
+    "shard_file",
+]
+
+assert _registered.BFLOAT16  # the data type must be registered before an array of it is made
+
+CHUNK_BYTES = 256 * 1024
+FILLER = {"float32": math.nan, "bfloat16": math.nan, "int32": -1, "int64": -1, "uint8": 0}
+SEPARATOR = "."  # `c.<shard>.0`: one directory per array, one file per shard
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """Return the numpy dtype of a stored type's name."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def compressors() -> tuple[Any, ...]:
+    """Return the codecs after `bytes`: byte-shuffle and Zstandard, then a CRC-32C of every chunk."""
+    return BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"), Crc32cCodec()
+
+
+def memory_array(
+    *,
+    name: str,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    shards: tuple[int, ...] | None,
+    dtype: np.dtype[Any],
+    fill: float,
+    axes: tuple[str, ...],
+    attributes: dict[str, Any] | None = None,
+    store: MemoryStore | None = None,
+) -> tuple[zarr.Array[Any], dict[str, Any]]:
+    """Return a new array in memory and the files it is made of, by name: what zarr would have put on disk."""
+    files: dict[str, Any] = {}
+    home = store or MemoryStore(files)
+    with warnings.catch_warnings():
+        # zarr 3.1 warns that bfloat16 has no registered specification; docs/format.md §5 is ours.
+        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
+        array = zarr.create_array(
+            home,
+            name=name,
+            shape=shape,
+            chunks=chunks,
+            shards=shards,
+            dtype=_registered.BFloat16() if dtype == _registered.BFLOAT16 else dtype,  # type: ignore[arg-type]
+            fill_value=fill,
+            compressors=compressors(),
+            chunk_key_encoding={"name": "default", "separator": SEPARATOR},
+            dimension_names=axes,
+            attributes=attributes or {},
+            config={"write_empty_chunks": True},
+        )
+    return array, files
+
+
+def _chunk_shape(spec: MatrixSpec, shard_rows: int) -> tuple[int, int]:
+    """Return the inner chunk: about CHUNK_BYTES, a power of two of rows that divides the shard."""
+    n_columns = 1 if spec.per_column_chunks else spec.n_columns
+    wanted = max(4, round(math.log2(CHUNK_BYTES / (n_columns * dtype_of(spec.dtype).itemsize))))
+    divides = shard_rows & -shard_rows
+    return min(2**wanted, divides), n_columns
+
+
+def _array(spec: MatrixSpec, n_rows: int, shard_rows: int) -> tuple[zarr.Array[Any], dict[str, Any]]:
+    return memory_array(
+        name="a",
+        shape=(n_rows, spec.n_columns),
+        chunks=_chunk_shape(spec, shard_rows),
+        shards=(shard_rows, spec.n_columns),
+        dtype=dtype_of(spec.dtype),
+        fill=FILLER[spec.dtype],
+        axes=("row", spec.column_axis),
+        attributes={"columns": list(spec.columns)} if spec.columns else {},
+    )
+
+
+def array_metadata(spec: MatrixSpec, n_rows: int, shard_rows: int) -> bytes:
+    """Return the `zarr.json` of a matrix of `n_rows` rows, as canonical JSON."""
+    _, files = _array(spec, n_rows, shard_rows)
+    return canonical_json(json.loads(files["a/zarr.json"].to_bytes())) + b"\n"
+
+
+def group_metadata(attributes: dict[str, Any] | None = None) -> bytes:
+    """Return the `zarr.json` of a group, as canonical JSON."""
+    return canonical_json({"attributes": attributes or {}, "node_type": "group", "zarr_format": 3}) + b"\n"
+
+
+def lengthened(metadata: bytes, n_rows: int) -> bytes:
+    """Return an array's `zarr.json` with its first axis made `n_rows` long; nothing else changes."""
+    body = json.loads(metadata)
+    body["shape"][0] = n_rows
+    return canonical_json(body) + b"\n"
+
+
+def encode_shard(spec: MatrixSpec, values: npt.NDArray[Any], shard_rows: int) -> bytes:
+    """Return the bytes of one shard's file; rows that `values` lacks become filler."""
+    array, files = _array(spec, shard_rows, shard_rows)
+    whole = np.full((shard_rows, spec.n_columns), FILLER[spec.dtype], dtype=dtype_of(spec.dtype))
+    whole[: len(values)] = values
+    array[:] = whole
+    data: bytes = files["a/" + shard_file(0)].to_bytes()
+    return data
+
+
+def shard_file(shard: int) -> str:
+    """Return the name of a shard's file inside its array's directory."""
+    return f"c{SEPARATOR}{shard}{SEPARATOR}0"

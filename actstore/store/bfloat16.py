@@ -1,0 +1,37 @@
+"""The `bfloat16` Zarr data type, found by zarr through the entry-point group `zarr.data_type` (docs/format.md §5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+from zarr.core.dtype import Float16
+from zarr.core.dtype.common import DataTypeValidationError
+from zarr.dtype import data_type_registry
+
+__all__ = ["BFLOAT16", "BFloat16"]
+
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BFloat16(Float16):
+    """Brain floating point: the upper half of a float32; numpy sees it through ml_dtypes."""
+
+    dtype_cls = type(BFLOAT16)  # type: ignore[assignment]
+    _zarr_v3_name = "bfloat16"  # type: ignore[assignment]
+    _zarr_v2_names = ()  # type: ignore[assignment]
+
+    @classmethod
+    def from_native_dtype(cls, dtype: Any) -> Self:
+        if dtype == BFLOAT16:
+            return cls()
+        raise DataTypeValidationError(f"Invalid data type: {dtype}. Expected bfloat16.")
+
+    def to_native_dtype(self) -> Any:
+        return BFLOAT16
+
+
+data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)

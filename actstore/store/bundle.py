@@ -1,0 +1,93 @@
+"""A Zarr group in one file: an uncompressed zip with fixed dates, the same bytes for the same arrays (docs/format.md §6).
+
+`zarr.open_group(zarr.storage.ZipStore("x.zip"), mode="r")` opens it; so anndata does, and all that stands on zarr.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from ..errors import CorruptStore, explain
+from ..sealed import canonical_json
+from .arrays import group_metadata, memory_array
+
+__all__ = ["decode_bundle", "encode_bundle", "open_bundle"]
+
+CHUNK_BYTES = 256 * 1024
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip: times are outside identity
+
+
+def encode_bundle(
+    arrays: Mapping[str, tuple[npt.NDArray[Any], tuple[str, ...]]], attributes: Mapping[str, Any]
+) -> bytes:
+    """Return the file of a group with these arrays; each comes with the names of its axes."""
+    entries = {"zarr.json": group_metadata(dict(attributes))}
+    for name, (values, axes) in arrays.items():
+        entries |= _array_entries(name, values, axes)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(entries):
+            archive.writestr(zipfile.ZipInfo(name, EPOCH), entries[name])
+    return buffer.getvalue()
+
+
+def _array_entries(name: str, values: npt.NDArray[Any], axes: tuple[str, ...]) -> dict[str, bytes]:
+    row_bytes = max(1, values[:1].nbytes)
+    chunk = max(1, min(max(1, len(values)), CHUNK_BYTES // row_bytes))
+    n_chunks = max(1, -(-len(values) // chunk))
+    tail = values.shape[1:]
+    array, files = memory_array(
+        name=name,
+        shape=values.shape,
+        chunks=(chunk, *tail),
+        shards=(chunk * n_chunks, *tail),
+        dtype=values.dtype,
+        fill=0,
+        axes=axes,
+    )
+    if values.size:
+        array[:] = values
+    entries = {key: buffer.to_bytes() for key, buffer in files.items() if key.startswith(f"{name}/")}
+    entries[f"{name}/zarr.json"] = canonical_json(json.loads(entries[f"{name}/zarr.json"])) + b"\n"
+    return entries
+
+
+def open_bundle(data: bytes, name: str) -> zarr.Group:
+    """Return the group in a bundle's bytes; `name` is how a message calls the file.
+
+    Raises CorruptStore where the bytes are not a bundle.
+    """
+    prototype = default_buffer_prototype()
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = {entry: prototype.buffer.from_bytes(archive.read(entry)) for entry in archive.namelist()}
+        return zarr.open_group(MemoryStore(entries, read_only=True), mode="r")
+    except (zipfile.BadZipFile, KeyError, ValueError, FileNotFoundError, EOFError, NotImplementedError) as error:
+        raise CorruptStore(
+            explain(f"{name} cannot be read ({error})", next_step="run `actstore verify` on the store")
+        ) from error
+
+
+def decode_bundle(data: bytes, name: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Return every array of a bundle by name, and the group's attributes.
+
+    Raises CorruptStore where a chunk's checksum does not match.
+    """
+    group = open_bundle(data, name)
+    try:
+        arrays = {key: np.asarray(array[...]) for key, array in group.arrays()}  # type: ignore[index]
+    except (ValueError, RuntimeError) as error:
+        raise CorruptStore(
+            explain(f"{name} is damaged ({error})", next_step="run `actstore verify` on the store")
+        ) from error
+    return arrays, dict(group.attrs)
