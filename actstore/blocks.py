@@ -28,8 +28,10 @@ __all__ = [
     "FiringsSpec",
     "MatrixSpec",
     "RowFirings",
+    "Segment",
     "ShardBlock",
     "TokenShard",
+    "artifact_of",
     "is_plain",
 ]
 
@@ -46,7 +48,17 @@ Matrix = npt.NDArray[Any]
 
 def is_plain(flags: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
     """Return for each row whether it counts in statistics, examples and health: no flag is set."""
-    return flags == 0
+    return np.asarray(flags == 0)
+
+
+def artifact_of(path: str) -> str:
+    """Return the artifact that a path below `arrays/` or `firings/` belongs to: what is listed and dropped as one."""
+    kind, *rest = path.split("/")
+    if kind == "predictions":
+        return kind
+    if kind in ("reconstruction", "firings"):
+        return f"firings/{rest[0]}"
+    return "/".join((kind, *rest[: 2 if kind == "lens" else 1]))
 
 
 @dataclass(frozen=True)
@@ -122,3 +134,18 @@ class ShardBlock:
     matrices: Mapping[str, Matrix]  # by MatrixSpec.path
     firings: Mapping[str, RowFirings]  # by SAE id
     provenance: Mapping[str, Any] = field(default_factory=dict)  # device, dtypes, versions, splits: into the receipt
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Documents that were added together: which numbers of documents, sequences and shards are theirs."""
+
+    segment: int
+    first_doc: int
+    n_docs: int
+    first_seq: int
+    n_seqs: int
+    first_shard: int
+    n_shards: int
+    n_rows: int  # rows in use, filler left out
+    documents_digest: str

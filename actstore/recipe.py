@@ -76,7 +76,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, value in (("compute", self.compute_dtype), ("storage", self.storage_dtype)):
             if value not in COMPUTE_DTYPES:
-                raise InvalidInput(explain(f"The {name} dtype {value!r} is not known", accepted=", ".join(COMPUTE_DTYPES)))
+                accepted = ", ".join(COMPUTE_DTYPES)
+                raise InvalidInput(explain(f"The {name} dtype {value!r} is not known", accepted=accepted))
         if not (self.sites or self.saes or self.lens_sites):
             raise InvalidInput(_NOTHING_ASKED)
         ids = [coder.sae for coder in self.saes]
@@ -96,7 +97,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as plain JSON values."""
-        return _plain(asdict(self))
+        body: dict[str, Any] = _plain(asdict(self))
+        return body
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Self:

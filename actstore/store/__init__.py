@@ -1,0 +1,37 @@
+"""The store on disk: layout, arrays, firings, claims, receipts, kit, verification. Home of zarr, numcodecs and fsspec."""
+
+from .bundle import decode_bundle, encode_bundle, open_bundle
+from .claims import exclusive
+from .files import prove_and_write
+from .journal import Journal
+from .kit import pack_texts, read_piece, write_piece
+from .layout import FileProof, Layout, PassFile, StoreFile
+from .location import Location
+from .passes import PassWriter
+from .reader import StoreReader
+from .sweep import sweep_store
+from .verify import Verification, verify_store
+from .writer import StoreWriter
+
+__all__ = [
+    "FileProof",
+    "Journal",
+    "Layout",
+    "Location",
+    "PassFile",
+    "PassWriter",
+    "StoreFile",
+    "StoreReader",
+    "StoreWriter",
+    "Verification",
+    "decode_bundle",
+    "encode_bundle",
+    "exclusive",
+    "open_bundle",
+    "pack_texts",
+    "prove_and_write",
+    "read_piece",
+    "sweep_store",
+    "verify_store",
+    "write_piece",
+]

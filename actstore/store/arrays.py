@@ -1,6 +1,6 @@
 """Row-keyed matrices as sharded Zarr v3 arrays: metadata, one shard's bytes, reading (docs/format.md §5).
 
-A shard is encoded by zarr into memory and written by us, because durability (fsync, digest, one rename) is ours to promise.
+A shard is encoded by zarr into memory and written by us: durability (fsync, digest, one rename) is ours to promise.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from ..blocks import MatrixSpec
-from ..sealed import canonical_json
+from actstore.blocks import MatrixSpec
+from actstore.sealed import canonical_json
+
 from . import bfloat16 as _registered
 
 __all__ = [
@@ -74,7 +75,7 @@ def memory_array(
             shape=shape,
             chunks=chunks,
             shards=shards,
-            dtype=_registered.BFloat16() if dtype == _registered.BFLOAT16 else dtype,  # type: ignore[arg-type]
+            dtype=_registered.BFloat16() if dtype == _registered.BFLOAT16 else dtype,
             fill_value=fill,
             compressors=compressors(),
             chunk_key_encoding={"name": "default", "separator": SEPARATOR},

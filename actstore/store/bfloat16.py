@@ -21,7 +21,7 @@ class BFloat16(Float16):
     """Brain floating point: the upper half of a float32; numpy sees it through ml_dtypes."""
 
     dtype_cls = type(BFLOAT16)  # type: ignore[assignment]
-    _zarr_v3_name = "bfloat16"  # type: ignore[assignment]
+    _zarr_v3_name = "bfloat16"
     _zarr_v2_names = ()  # type: ignore[assignment]
 
     @classmethod

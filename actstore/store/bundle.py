@@ -1,4 +1,4 @@
-"""A Zarr group in one file: an uncompressed zip with fixed dates, the same bytes for the same arrays (docs/format.md §6).
+"""A Zarr group in one file: an uncompressed zip with fixed dates, same bytes for same arrays (docs/format.md §6).
 
 `zarr.open_group(zarr.storage.ZipStore("x.zip"), mode="r")` opens it; so anndata does, and all that stands on zarr.
 """
@@ -17,8 +17,9 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from ..errors import CorruptStore, explain
-from ..sealed import canonical_json
+from actstore.errors import CorruptStore, explain
+from actstore.sealed import canonical_json
+
 from .arrays import group_metadata, memory_array
 
 __all__ = ["decode_bundle", "encode_bundle", "open_bundle"]
@@ -85,7 +86,7 @@ def decode_bundle(data: bytes, name: str) -> tuple[dict[str, npt.NDArray[Any]], 
     """
     group = open_bundle(data, name)
     try:
-        arrays = {key: np.asarray(array[...]) for key, array in group.arrays()}  # type: ignore[index]
+        arrays = {key: np.asarray(array[...]) for key, array in group.arrays()}
     except (ValueError, RuntimeError) as error:
         raise CorruptStore(
             explain(f"{name} is damaged ({error})", next_step="run `actstore verify` on the store")

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..blocks import FiringsSpec, RowFirings
+from actstore.blocks import FiringsSpec, RowFirings
+
 from .bundle import decode_bundle, encode_bundle
 
 __all__ = ["decode_firings", "encode_firings", "firings_values", "index_dtype"]

@@ -1,0 +1,100 @@
+"""The corpus of an extraction: read, tokenised and stored before the model runs, or recognised in the store."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from actstore.blocks import Segment
+from actstore.corpus import CorpusBatch, Document, DocumentsDigest, TokenizerHandle, Window, lay_out, read_documents
+from actstore.progress import Report
+from actstore.store import StoreWriter
+
+from .request import Request
+
+__all__ = ["count_rows", "digest_of_dataset", "store_segment"]
+
+
+@dataclass
+class _Watch:
+    """Sees documents and batches go by: what a segment says of itself is known when the last one has passed."""
+
+    report: Report
+    doing: str
+    digest: DocumentsDigest = field(default_factory=DocumentsDigest)
+    n_documents: int = 0
+    n_replaced: int = 0
+    n_empty: int = 0
+    n_rows: int = 0
+    n_shards: int = 0
+
+    def batches(self, batches: Iterable[CorpusBatch]) -> Iterator[CorpusBatch]:
+        for batch in batches:
+            for document in batch.documents:
+                self.digest.update(document)
+            self.n_documents += len(batch.documents)
+            self.n_replaced += sum(document.n_replaced for document in batch.documents)
+            self.n_empty += sum(document.n_tokens == 0 for document in batch.documents)
+            self.n_rows += int(batch.sequences[:, 2].sum())
+            self.n_shards += len(batch.shards)
+            self.report(self.doing, self.n_rows, None, "tokens")
+            yield batch
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "documents_digest": self.digest.hexdigest(),
+            "replaced_surrogates": self.n_replaced,
+            "empty_documents": self.n_empty,
+        }
+
+
+def _documents(request: Request, dataset: Any) -> Iterator[Document]:
+    return read_documents(
+        dataset, text_field=request.text_field, config=request.dataset_config, split=request.dataset_split
+    )
+
+
+def store_segment(
+    writer: StoreWriter, request: Request, dataset: Any, tokenizer: TokenizerHandle, report: Report
+) -> Segment:
+    """Read, tokenise and store a dataset as the next segment; call with the store's lock held."""
+    watch = _Watch(report, "tokenising")
+    layout = writer.layout
+    batches = lay_out(
+        _documents(request, dataset),
+        tokenizer,
+        Window(writer.store.context, writer.store.stride),
+        shard_rows=writer.store.shard_rows,
+        first_doc=layout.n_docs,
+        first_seq=layout.n_seqs,
+        first_shard=layout.n_shards,
+        max_tokens=request.max_tokens,
+    )
+    return writer.write_segment(watch.batches(batches), watch.description)
+
+
+def count_rows(
+    request: Request, tokenizer: TokenizerHandle, window: Window, shard_rows: int, report: Report
+) -> tuple[int, int, int]:
+    """Return how many documents, rows and shards a dataset makes, without storing anything."""
+    watch = _Watch(report, "counting tokens")
+    batches = lay_out(
+        _documents(request, request.dataset), tokenizer, window, shard_rows=shard_rows, max_tokens=request.max_tokens
+    )
+    for _ in watch.batches(batches):
+        pass
+    return watch.n_documents, watch.n_rows, watch.n_shards
+
+
+def digest_of_dataset(request: Request, dataset: Any, n_documents: int) -> str:
+    """Return the digest of a dataset's documents, to compare with a stored segment of `n_documents`.
+
+    Where `--max-tokens` cut the corpus, only as many documents are read as were stored.
+    """
+    digest = DocumentsDigest()
+    limit = n_documents if request.max_tokens is not None else None
+    for document in itertools.islice(_documents(request, dataset), limit):
+        digest.update(document)
+    return digest.hexdigest()

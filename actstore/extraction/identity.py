@@ -1,0 +1,155 @@
+"""The recipe of a request, and whether a store was made by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from actstore.corpus import TokenizerHandle
+from actstore.errors import InvalidInput, RecipeMismatch, explain, unknown_name
+from actstore.models import LoadedModel, ModelDescription
+from actstore.recipe import CorpusIdentity, ModelIdentity, Recipe, SaeIdentity
+from actstore.sites import Site, expand_sites
+from actstore.store import Layout, PassFile, StoreFile
+
+from .request import Request
+
+__all__ = [
+    "corpus_identity",
+    "find_pass",
+    "known_site",
+    "lens_sites",
+    "make_recipe",
+    "pass_id_of",
+    "refuse_again",
+]
+
+PASS_DIGITS = 16
+
+
+def pass_id_of(recipe: Recipe) -> str:
+    """Return the name of a recipe's pass: the beginning of its digest."""
+    return recipe.digest[:PASS_DIGITS]
+
+
+def corpus_identity(store: StoreFile, tokenizer: TokenizerHandle, documents_digest: str) -> CorpusIdentity:
+    """Return which text a pass stands on, and how it became rows."""
+    return CorpusIdentity(
+        documents_digest=documents_digest,
+        tokenizer_digest=tokenizer.digest,
+        context=store.context,
+        stride=store.stride,
+        shard_rows=store.shard_rows,
+        batch_tokens=store.batch_tokens,
+    )
+
+
+def lens_sites(request: Request, model: LoadedModel | ModelDescription) -> tuple[Site, ...]:
+    """Return the sites that the lens reads: those asked for, else every `resid_post`.
+
+    Raises InvalidInput for a site that is not as wide as the residual stream.
+    """
+    if not request.lens_k:
+        return ()
+    chosen = expand_sites(request.lens_sites or ("resid_post.*",), model.sites())
+    for site in chosen:
+        if model.site_width(site) != model.facts.d_model or site.kind == "final":
+            raise InvalidInput(
+                explain(
+                    f"A lens cannot read {site}",
+                    accepted=f"sites of the residual stream, {model.facts.d_model} wide, before the final norm",
+                    next_step="for example --lens-site 'resid_post.*'",
+                )
+            )
+    return chosen
+
+
+def make_recipe(
+    request: Request,
+    model: LoadedModel | ModelDescription,
+    identity: ModelIdentity,
+    compute_dtype: str,
+    saes: Iterable[SaeIdentity],
+    corpus: CorpusIdentity,
+    layout: Layout,
+) -> Recipe:
+    """Return the recipe of a request; raises InvalidInput where nothing was asked for."""
+    coders = tuple(saes)
+    if request.lens_k > model.facts.vocabulary_size:
+        raise InvalidInput(
+            explain(f"--lens {request.lens_k} is too many", accepted=f"at most {model.facts.vocabulary_size} tokens")
+        )
+    predictions = request.predictions
+    if predictions is None:
+        # A further pass has no need to predict again; the first pass keeps its choice when it is resumed.
+        predictions = not (request.into and "predictions" in layout.artifacts)
+    return Recipe(
+        model=identity,
+        corpus=corpus,
+        sites=tuple(map(str, expand_sites(request.sites, model.sites()))),
+        saes=coders,
+        predictions=predictions,
+        lens_k=request.lens_k,
+        lens_sites=tuple(map(str, lens_sites(request, model))),
+        compute_dtype=compute_dtype,
+        storage_dtype=request.storage_dtype or compute_dtype,
+        activation_bits=request.activation_bits,
+        encode_special=request.encode_special,
+        tile_rows=_tile_rows(corpus.shard_rows),
+    )
+
+
+def _tile_rows(shard_rows: int) -> int:
+    """Return the largest number of rows up to 1,024 that divides a shard: tiles are then all alike."""
+    return next(size for size in range(min(1024, shard_rows), 0, -1) if shard_rows % size == 0)
+
+
+def find_pass(recipe: Recipe, layout: Layout, passes: dict[str, PassFile], request: Request) -> bool:
+    """Return whether the store has this recipe's pass, to be resumed; False where a new pass may begin.
+
+    Raises RecipeMismatch where the store was made by another recipe and this is no `--into`, or the further pass has
+    another model or corpus; InvalidInput where it would make again what is there.
+    """
+    if pass_id_of(recipe) in layout.passes:
+        return True
+    if not passes:
+        return False
+    first = Recipe.from_json(next(iter(passes.values())).recipe)
+    if not request.into:
+        raise _mismatch(first, recipe, "give the same options to resume, --into to add a pass, or another --out")
+    shared = {key for key in first.differences(recipe) if key.startswith(("model.", "corpus."))}
+    if shared:
+        raise _mismatch(first, recipe, "a further pass needs the store's own model and corpus", only=shared)
+    return False
+
+
+def _mismatch(stored: Recipe, asked: Recipe, next_step: str, *, only: set[str] | None = None) -> RecipeMismatch:
+    """Return the error that lists the fields in which two recipes differ."""
+    differing = {key: pair for key, pair in stored.differences(asked).items() if only is None or key in only}
+    shown = "; ".join(f"{key}: stored {_short(old)}, asked {_short(new)}" for key, (old, new) in differing.items())
+    return RecipeMismatch(explain(f"The store was made by another recipe ({shown})", next_step=next_step))
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def refuse_again(made: PassFile, layout: Layout) -> None:
+    """Raise InvalidInput where a new pass would make what another pass has made."""
+    for artifact in made.artifacts:
+        if artifact in layout.artifacts:
+            raise InvalidInput(
+                explain(
+                    f"{artifact} is stored already, by pass {layout.artifacts[artifact]}",
+                    accepted="what the store does not have yet",
+                    next_step=f"leave it out, or first: actstore drop STORE {artifact}",
+                )
+            )
+
+
+def known_site(name: str, existing: Iterable[Site]) -> None:
+    """Raise UnknownName where a site that an SAE reads does not exist on this model."""
+    names = [str(site) for site in existing]
+    if name not in names:
+        raise unknown_name("site", name, names, next_step="is this SAE for another model?")

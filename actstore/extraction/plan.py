@@ -1,0 +1,91 @@
+"""What an extraction will cost, before it begins: rows, shards, bytes of every artifact, free disk."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from actstore.blocks import FiringsSpec, MatrixSpec, artifact_of
+from actstore.errors import NoSpace, explain
+
+__all__ = ["BYTES_PER_FIRING", "BYTES_PER_INDEX_FIRING", "Plan", "Size", "check_disk", "estimate"]
+
+# Measured by benchmarks/extract.py and benchmarks/query.py; see docs/benchmarks.md.
+BYTES_PER_FIRING = 3.5
+BYTES_PER_INDEX_FIRING = 4.3
+BYTES_PER_INDEX_ROW = {"corpus/tokens": 16.0, "predictions": 16.0, "reconstruction": 12.0}
+ASSUMED_L0 = 100.0  # where a source does not declare one: what Gemma Scope's canonical SAEs aim at
+DISK_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Size:
+    """An artifact and the bytes that it is expected to take."""
+
+    artifact: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows, shards and bytes of an extraction; dense arrays are counted uncompressed."""
+
+    n_documents: int
+    n_rows: int
+    n_shards: int
+    artifacts: tuple[Size, ...]
+    index_bytes: int
+    kit_bytes: int
+    free_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(size.n_bytes for size in self.artifacts) + self.index_bytes + self.kit_bytes
+
+
+def estimate(
+    *,
+    n_documents: int,
+    n_rows: int,
+    n_shards: int,
+    matrices: tuple[MatrixSpec, ...],
+    firings: tuple[FiringsSpec, ...],
+    l0: dict[str, float | None],
+    kit_bytes: int,
+    out: Path,
+) -> Plan:
+    """Return the plan of a pass; `l0` is each SAE's declared mean number of firings a row."""
+    sizes: dict[str, float] = {}
+    index = n_rows * sum(BYTES_PER_INDEX_ROW.get(spec.path.split("/")[0], 0.0) for spec in matrices)
+    for spec in matrices:
+        item_bytes = 2 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).itemsize
+        sizes[artifact_of(spec.path)] = sizes.get(artifact_of(spec.path), 0) + n_rows * spec.n_columns * item_bytes
+    for one in firings:
+        n_firings = n_rows * (l0.get(one.sae) or ASSUMED_L0)
+        sizes[f"firings/{one.sae}"] = sizes.get(f"firings/{one.sae}", 0) + n_firings * BYTES_PER_FIRING
+        index += n_firings * BYTES_PER_INDEX_FIRING
+    artifacts = tuple(Size(name, int(n_bytes)) for name, n_bytes in sizes.items())
+    return Plan(n_documents, n_rows, n_shards, artifacts, int(index), kit_bytes, free_bytes(out))
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free space where a path is, or will be."""
+    existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def check_disk(plan: Plan, *, force: bool) -> None:
+    """Raise NoSpace where a plan would take more than 90 % of the free disk, unless `force`."""
+    if plan.total_bytes > DISK_SHARE * plan.free_bytes and not force:
+        largest = max(plan.artifacts, key=lambda size: size.n_bytes)
+        raise NoSpace(
+            explain(
+                f"The extraction would take about {plan.total_bytes / 1e9:.1f} GB "
+                f"(most: {largest.artifact}, {largest.n_bytes / 1e9:.1f} GB), and {plan.free_bytes / 1e9:.1f} GB are free",
+                accepted=f"at most {DISK_SHARE:.0%} of the free disk",
+                next_step="ask for fewer sites, --max-tokens, --storage-dtype bfloat16, another disk, or add --force",
+            )
+        )

@@ -1,0 +1,115 @@
+"""The plan of an extraction that has not begun: configuration and text are read, no weights are."""
+
+from __future__ import annotations
+
+from actstore.corpus import TokenizerHandle, Window, load_tokenizer
+from actstore.errors import InvalidInput, MissingInput, explain
+from actstore.models import LoadedModel, ModelDescription, describe_model
+from actstore.progress import Report, silent
+from actstore.recipe import CorpusIdentity, ModelIdentity, Recipe, SaeIdentity
+from actstore.saes import ResolvedSae, expand_sae_arguments, sae_sizes
+from actstore.store import Layout
+
+from .corpus import count_rows
+from .identity import known_site, make_recipe
+from .kit import kit_bytes
+from .plan import Plan, estimate
+from .request import DEFAULT_BATCH_TOKENS, DEFAULT_CONTEXT, DEFAULT_SHARD_ROWS, Request
+from .specs import firings_of, matrices_of
+
+__all__ = ["estimate_of", "plan_extraction", "tokenizer_of"]
+
+UNKNOWN = ""  # a digest that only the weights or the whole text could tell; the plan needs none
+
+
+def plan_extraction(request: Request, report: Report = silent) -> Plan:
+    """Return what an extraction will cost; reads configuration and text, loads no weights."""
+    if request.dataset is None:
+        raise MissingInput(
+            explain("No dataset was given to plan for", next_step="actstore extract MODEL DATASET --out STORE --plan")
+        )
+    model = describe_model(request.model, revision=request.revision)
+    tokenizer = tokenizer_of(request)
+    window = Window(request.context or DEFAULT_CONTEXT, request.stride)
+    shard_rows = request.shard_rows or DEFAULT_SHARD_ROWS
+    recipe = _draft(request, model, tokenizer, window, shard_rows)
+    n_documents, n_rows, n_shards = count_rows(request, tokenizer, window, shard_rows, report)
+    return estimate_of(request, model, recipe, n_documents, n_rows, n_shards)
+
+
+def _draft(
+    request: Request, model: ModelDescription, tokenizer: TokenizerHandle, window: Window, shard_rows: int
+) -> Recipe:
+    facts = model.facts
+    corpus = CorpusIdentity(
+        documents_digest=UNKNOWN,
+        tokenizer_digest=tokenizer.digest,
+        context=window.context,
+        stride=window.stride,
+        shard_rows=shard_rows,
+        batch_tokens=request.batch_tokens or DEFAULT_BATCH_TOKENS,
+    )
+    identity = ModelIdentity(
+        name=facts.name,
+        revision=request.revision,
+        architecture=facts.architecture,
+        config_digest=UNKNOWN,
+        weights_digest=UNKNOWN,
+    )
+    saes = [_planned(one) for one in expand_sae_arguments(request.saes)]
+    for coder in saes:
+        known_site(coder.site, model.sites())
+    return make_recipe(request, model, identity, request.dtype or facts.checkpoint_dtype, saes, corpus, Layout())
+
+
+def _planned(one: ResolvedSae) -> SaeIdentity:
+    sizes = sae_sizes(one)
+    return SaeIdentity(
+        sae=one.sae,
+        site=str(one.site),
+        width=sizes.width,
+        d_in=sizes.d_in or 0,
+        architecture="jumprelu",
+        weights_digest=UNKNOWN,
+        declared_l0=one.name.l0 if one.name else None,
+    )
+
+
+def estimate_of(
+    request: Request,
+    model: LoadedModel | ModelDescription,
+    recipe: Recipe,
+    n_documents: int,
+    n_rows: int,
+    n_shards: int,
+) -> Plan:
+    """Return the plan of a recipe over so many rows."""
+    facts = model.facts
+    return estimate(
+        n_documents=n_documents,
+        n_rows=n_rows,
+        n_shards=n_shards,
+        matrices=matrices_of(recipe, model.site_width),
+        firings=firings_of(recipe),
+        l0={coder.sae: coder.declared_l0 for coder in recipe.saes},
+        kit_bytes=kit_bytes(facts.vocabulary_size, facts.d_model, 2 if recipe.compute_dtype == "bfloat16" else 4),
+        out=request.out,
+    )
+
+
+def tokenizer_of(request: Request) -> TokenizerHandle:
+    """Return the tokenizer of a request: the one given, else the model's own."""
+    source = request.tokenizer if request.tokenizer is not None else request.model
+    if isinstance(source, TokenizerHandle):
+        return source
+    if hasattr(source, "backend_tokenizer"):
+        return TokenizerHandle.from_transformers(source)
+    if not isinstance(source, str) and not hasattr(source, "__fspath__"):
+        raise InvalidInput(
+            explain(
+                "A loaded model comes without its tokenizer",
+                accepted="tokenizer=…: a loaded tokenizer, or its hub id or folder",
+                next_step="actstore.extract(model, dataset, tokenizer=tokenizer, out=…)",
+            )
+        )
+    return load_tokenizer(source, revision=request.revision)

@@ -1,0 +1,118 @@
+"""Predictions and lenses on the device: from residual rows to a few numbers a row, in row blocks.
+
+No more than a block of logits exists at a time: a whole batch of them would be larger than the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from actstore.models import Unembedding, logits
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LensRows", "PredictionRows", "read_out", "targets_of"]
+
+LOGITS_PER_BLOCK = 1 << 24  # 64 MiB of float32; never a function of free memory, so that results are not either
+
+
+@dataclass(frozen=True)
+class PredictionRows:
+    """The model's own next-token result.
+
+    values float32 (row, 3): PREDICTION_VALUES; ids int32 (row, 2): PREDICTION_IDS.
+    """
+
+    values: torch.Tensor
+    ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LensRows:
+    """A lens at one site.
+
+    values float32 (row, 3 + k): LENS_VALUES, then log-probabilities; ids int32 (row, 1 + k): LENS_IDS, then tokens.
+    """
+
+    values: torch.Tensor
+    ids: torch.Tensor
+
+
+def targets_of(token_id: torch.Tensor, seq: torch.Tensor) -> torch.Tensor:
+    """Return each row's next token in its sequence, −1 on the last one: int64 (row)."""
+    import torch
+
+    targets = torch.full_like(token_id, -1)
+    same = seq[1:] == seq[:-1]
+    targets[:-1][same] = token_id[1:][same]
+    return targets
+
+
+def read_out(
+    unembedding: Unembedding,
+    final: torch.Tensor,
+    sites: Mapping[str, torch.Tensor],
+    targets: torch.Tensor,
+    k: int,
+) -> tuple[PredictionRows, dict[str, LensRows]]:
+    """Return predictions from the last residual stream and the logit lens of every site.
+
+    final and sites: (row, d_model) of any float dtype; targets int64 (row), −1 for none. The lens of a site is
+    logits(final_norm(x)) with the model's own soft cap (nostalgebraist 2020); KL is KL(final ‖ lens), in nats, as entropy.
+    """
+    import torch
+
+    predictions: list[PredictionRows] = []
+    lenses: dict[str, list[LensRows]] = {site: [] for site in sites}
+    for block in _blocks(len(final), unembedding.weight.shape[0]):
+        final_logprobs = torch.log_softmax(logits(unembedding, final[block]), dim=-1)
+        predictions.append(_predict(final_logprobs, targets[block]))
+        for site, rows in sites.items():
+            logprobs = torch.log_softmax(logits(unembedding, rows[block]), dim=-1)
+            lenses[site].append(_lens(logprobs, final_logprobs, targets[block], k))
+    joined = {site: LensRows(*_joined(parts)) for site, parts in lenses.items()}
+    return PredictionRows(*_joined(predictions)), joined
+
+
+def _blocks(n_rows: int, vocabulary_size: int) -> Iterator[slice]:
+    size = max(1, LOGITS_PER_BLOCK // vocabulary_size)
+    return (slice(first, min(first + size, n_rows)) for first in range(0, n_rows, size))
+
+
+def _joined(parts: list[PredictionRows] | list[LensRows]) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    return torch.cat([part.values for part in parts]), torch.cat([part.ids for part in parts])
+
+
+def _target_logprob(logprobs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    chosen = logprobs.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return chosen.masked_fill(targets < 0, float("nan"))
+
+
+def _entropy(logprobs: torch.Tensor) -> torch.Tensor:
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def _predict(logprobs: torch.Tensor, targets: torch.Tensor) -> PredictionRows:
+    import torch
+
+    top, top_id = logprobs.max(-1)
+    values = torch.stack([_target_logprob(logprobs, targets), _entropy(logprobs), top.exp()], dim=1)
+    return PredictionRows(values, torch.stack([targets, top_id], dim=1).int())
+
+
+def _lens(logprobs: torch.Tensor, final: torch.Tensor, targets: torch.Tensor, k: int) -> LensRows:
+    """Rank 1 is the likeliest token; −1 where there is no target."""
+    import torch
+
+    target = _target_logprob(logprobs, targets)
+    rank = (logprobs > target[:, None]).sum(-1) + 1
+    rank = rank.masked_fill(targets < 0, -1)
+    divergence = (final.exp() * (final - logprobs)).sum(-1)
+    top, top_id = logprobs.topk(k, dim=-1)
+    values = torch.cat([torch.stack([target, _entropy(logprobs), divergence], dim=1), top], dim=1)
+    return LensRows(values, torch.cat([rank[:, None], top_id], dim=1).int())

@@ -1,0 +1,67 @@
+"""What somebody asked to extract, as plain values, before anything is looked up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actstore.errors import InvalidInput, explain
+
+__all__ = ["Request"]
+
+DEFAULT_CONTEXT = 1024
+DEFAULT_SHARD_ROWS = 16_384
+DEFAULT_BATCH_TOKENS = 8_192
+MAX_ACTIVATION_BITS = 23
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that `actstore extract` can be told; `dataset` may be None for a store that has its corpus."""
+
+    model: Any  # hub id, path, or a loaded model
+    out: Path
+    dataset: Any = None
+    tokenizer: Any = None  # hub id, path, or a loaded tokenizer; None: the model's own
+    sites: tuple[str, ...] = ()
+    saes: tuple[str, ...] = ()
+    lens_k: int = 0
+    lens_sites: tuple[str, ...] = ()
+    predictions: bool | None = None  # None: yes, unless the store has them already
+    context: int | None = None
+    stride: int | None = None
+    max_tokens: int | None = None
+    text_field: str = "text"
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    storage_dtype: str | None = None
+    device: str = "auto"
+    activation_bits: int = 10
+    encode_special: bool = False
+    shard_rows: int | None = None
+    batch_tokens: int | None = None
+    into: bool = False
+    append: Any = None
+    mixed: bool = False
+    allow_unhealthy: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.activation_bits <= MAX_ACTIVATION_BITS:
+            raise InvalidInput(
+                explain(f"--activation-bits {self.activation_bits} is out of range", accepted="1 to 23 (23 keeps all)")
+            )
+        if self.lens_k < 0 or (self.lens_sites and not self.lens_k):
+            raise InvalidInput(
+                explain(
+                    f"--lens is {self.lens_k} with {len(self.lens_sites)} lens sites",
+                    accepted="how many tokens to keep of each read-out, 1 or more",
+                    next_step="give --lens 5",
+                )
+            )
+        for name, value in (("shard-rows", self.shard_rows), ("batch-tokens", self.batch_tokens)):
+            if value is not None and value < 1:
+                raise InvalidInput(explain(f"--{name} is {value}", accepted="a positive number"))

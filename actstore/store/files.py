@@ -1,0 +1,90 @@
+"""Writing a store's files with their proofs, and the names of everything in it (docs/format.md §1, §2)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actstore.sealed import sha256_hex, write_durably
+
+from .layout import FileProof
+
+__all__ = [
+    "ARRAYS",
+    "LAYOUT_FILE",
+    "STORE_FILE",
+    "matrix_file",
+    "firings_file",
+    "manifest_file",
+    "metadata_file",
+    "pass_file",
+    "prove_and_write",
+    "receipt_file",
+    "values_digest",
+    "write_groups",
+]
+
+STORE_FILE, LAYOUT_FILE, ARRAYS = "store.json", "layout.json", "arrays"
+
+
+def metadata_file(path: str) -> str:
+    """Return where the `zarr.json` of an array or group below `arrays/` lies."""
+    return f"{ARRAYS}/{path}/zarr.json" if path else f"{ARRAYS}/zarr.json"
+
+
+def matrix_file(path: str, shard: int) -> str:
+    """Return where one shard of a row-keyed matrix lies."""
+    return f"{ARRAYS}/{path}/c.{shard}.0"
+
+
+def firings_file(sae: str, shard: int) -> str:
+    """Return where one shard's firings of an SAE lie."""
+    return f"firings/{sae}/{shard}.zip"
+
+
+def pass_file(pass_id: str) -> str:
+    """Return where a pass says what it makes."""
+    return f"passes/{pass_id}/pass.json"
+
+
+def receipt_file(pass_id: str, shard: int) -> str:
+    """Return where the receipt of (pass, shard) lies until its segment is sealed."""
+    return f"passes/{pass_id}/receipts/{shard}.json"
+
+
+def manifest_file(pass_id: str, segment: int) -> str:
+    """Return where the sealed manifest of (pass, segment) lies."""
+    return f"passes/{pass_id}/sealed-{segment}.json"
+
+
+def values_digest(arrays: Iterable[npt.NDArray[Any]]) -> str:
+    """Return the SHA-256 of arrays' values, little-endian, in C order, one after the other."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        plain = np.ascontiguousarray(array)
+        digest.update(plain.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def prove_and_write(root: Path, name: str, data: bytes, values: Iterable[npt.NDArray[Any]] | None) -> FileProof:
+    """Write a file durably; return what proves it."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, data)
+    return FileProof(len(data), sha256_hex(data), None if values is None else values_digest(values))
+
+
+def write_groups(root: Path, paths: Iterable[str], group: bytes) -> dict[str, str]:
+    """Write the `zarr.json` of every group above these arrays that has none yet; return path → SHA-256 of all."""
+    parents = {"/".join(path.split("/")[:depth]) for path in paths for depth in range(path.count("/") + 1)}
+    for parent in sorted(parents):
+        file = root / metadata_file(parent)
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(file, group)
+    return {metadata_file(parent): sha256_hex(group) for parent in parents}

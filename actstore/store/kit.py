@@ -1,0 +1,64 @@
+"""Kit pieces: content-addressed bundles that lenses need without the model (docs/format.md §8).
+
+Piece `vocabulary`: `text` uint8 (byte), `bounds` int64 (token + 1); token t is shown as text[bounds[t]:bounds[t+1]].
+Piece `unembedding`: `weight` (vocabulary, d_model) in the model's dtype, `gain` float32 (d_model);
+attributes `softcap`, `norm_epsilon`, `norm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from actstore.sealed import sha256_hex, write_durably
+
+from .bundle import encode_bundle
+from .location import Location
+
+__all__ = ["kit_file", "pack_texts", "read_piece", "unpack_texts", "write_piece"]
+
+
+def kit_file(digest: str) -> str:
+    """Return where the kit piece with this digest lies."""
+    return f"kit/{digest}.zip"
+
+
+def write_piece(
+    root: Path, arrays: Mapping[str, tuple[npt.NDArray[Any], tuple[str, ...]]], attributes: Mapping[str, Any]
+) -> str:
+    """Write a kit piece unless it is there already; return its digest, which is its name."""
+    data = encode_bundle(arrays, attributes)
+    digest = sha256_hex(data)
+    path = root / kit_file(digest)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, data)
+    return digest
+
+
+def read_piece(location: Location, digest: str) -> bytes:
+    """Return a kit piece's bytes, from the store or from the local cache that stores share."""
+    return location.fetch(kit_file(digest), digest).read_bytes()
+
+
+def pack_texts(texts: list[str]) -> dict[str, tuple[npt.NDArray[Any], tuple[str, ...]]]:
+    """Return the arrays of a `vocabulary` piece."""
+    encoded = [text.encode() for text in texts]
+    bounds = np.zeros(len(encoded) + 1, dtype=np.int64)
+    np.cumsum([len(text) for text in encoded], out=bounds[1:])
+    return {
+        "text": (np.frombuffer(b"".join(encoded), dtype=np.uint8), ("byte",)),
+        "bounds": (bounds, ("token_bound",)),
+    }
+
+
+def unpack_texts(text: npt.NDArray[np.uint8], bounds: npt.NDArray[np.int64]) -> pa.Array:
+    """Return packed texts as an Arrow large_string array, without copying the text."""
+    starts = np.ascontiguousarray(bounds - bounds[0])
+    values = pa.py_buffer(np.ascontiguousarray(text))
+    return pa.LargeStringArray.from_buffers(len(bounds) - 1, pa.py_buffer(starts), values)

@@ -1,0 +1,303 @@
+"""Reading a store: a snapshot of what has receipts; satisfies what the index is built from (docs/format.md §3–§6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import zarr
+
+from actstore.blocks import TOKEN_FIELDS, RowFirings, Segment, artifact_of
+from actstore.errors import CorruptStore, MissingInput, UnknownName, explain, unknown_name
+from actstore.sealed import digest_of
+
+from .bundle import decode_bundle
+from .csr import decode_firings
+from .files import ARRAYS, LAYOUT_FILE, STORE_FILE, firings_file, manifest_file, matrix_file, pass_file, receipt_file
+from .kit import read_piece, unpack_texts
+from .layout import CORPUS_PASS, Layout, PassFile, StoreFile
+from .location import Location
+from .tables import small_tables
+
+__all__ = ["StoreReader"]
+
+DOCUMENTS_PER_BATCH = 4096
+TOKEN_SHARDS_CACHED = 64
+FIRING_SHARDS_CACHED = 16
+
+
+class StoreReader:
+    """One snapshot of a store; what is added later needs a new reader."""
+
+    def __init__(self, store: str | Path) -> None:
+        """Open a store by path or fsspec URL.
+
+        Raises MissingInput where there is none, UnsupportedFormat for a newer format, CorruptStore for damage.
+        """
+        self.location = Location.of(store)
+        try:
+            body = self.location.read_sealed(STORE_FILE)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise MissingInput(
+                explain(
+                    f"There is no store at {str(store)!r}",
+                    accepted="a directory or URL that `actstore extract … --out` made",
+                    next_step="check the path, or make a store: actstore demo demo.act",
+                )
+            ) from error
+        self.store = StoreFile.from_json(body, f"{store}/{STORE_FILE}")
+        self.layout = self._layout()
+        self.shard_rows = self.store.shard_rows
+        # Caches belong to one reader and go with it.
+        self.tokens = lru_cache(TOKEN_SHARDS_CACHED)(self._tokens)
+        self.firings_cached = lru_cache(FIRING_SHARDS_CACHED)(self.firings)
+        self.array = lru_cache(None)(self._array)
+
+    def _layout(self) -> Layout:
+        try:
+            return Layout.from_json(self.location.read_sealed(LAYOUT_FILE))
+        except FileNotFoundError:
+            return Layout()  # tokenising has not ended yet
+
+    # What is there
+
+    @cached_property
+    def passes(self) -> dict[str, PassFile]:
+        """Every pass by its id."""
+        return {one: PassFile.from_json(self.location.read_sealed(pass_file(one))) for one in self.layout.passes}
+
+    @cached_property
+    def receipts(self) -> dict[str, dict[int, Mapping[str, Any]]]:
+        """Receipts of every pass, by shard: what this snapshot knows to be durable."""
+        return {one: self._receipts(one) for one in self.layout.passes}
+
+    def _receipts(self, pass_id: str) -> dict[int, Mapping[str, Any]]:
+        found: dict[int, Mapping[str, Any]] = {}
+        # Loose receipts first: one that is sealed and removed in between is then found in the manifest.
+        for name in self.location.names(f"passes/{pass_id}/receipts"):
+            if name.endswith(".json"):
+                try:
+                    found[int(name[:-5])] = self.location.read_sealed(receipt_file(pass_id, int(name[:-5])))
+                except FileNotFoundError:
+                    continue
+        for segment in self.layout.segments:
+            name = manifest_file(pass_id, segment.segment)
+            if self.location.exists(name):
+                sealed = self.location.read_sealed(name)["receipts"]
+                found.update({int(shard): receipt for shard, receipt in sealed.items()})
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def corpus_manifests(self) -> list[dict[str, Any]]:
+        """The sealed manifest of every segment."""
+        return [self.location.read_sealed(manifest_file(CORPUS_PASS, one.segment)) for one in self.layout.segments]
+
+    @cached_property
+    def rows_used(self) -> npt.NDArray[np.int64]:
+        """Rows in use of every shard: int64 (shard)."""
+        return np.array([n for manifest in self.corpus_manifests for n in manifest["rows_used"]], dtype=np.int64)
+
+    def done(self, artifact: str) -> dict[int, str]:
+        """Return the shards of an artifact that have receipts, each with its receipt's digest."""
+        owner = self.layout.artifacts.get(artifact)
+        if owner == CORPUS_PASS:
+            digests = [digest_of(manifest) for manifest in self.corpus_manifests]
+            return {
+                shard: digest
+                for segment, digest in zip(self.layout.segments, digests, strict=True)
+                for shard in range(segment.first_shard, segment.first_shard + segment.n_shards)
+            }
+        return {} if owner is None else {shard: digest_of(dict(one)) for shard, one in self.receipts[owner].items()}
+
+    def segments(self) -> Sequence[Segment]:
+        """Return the segments in order."""
+        return self.layout.segments
+
+    # Values
+
+    def matrix(self, path: str, shard: int) -> npt.NDArray[Any]:
+        """Return the rows in use of one shard of a matrix: (row, column), in its stored dtype.
+
+        Raises UnknownName where the shard was not extracted, CorruptStore where its file is missing or damaged.
+        """
+        self._must_be_done(artifact_of(path), shard)
+        first = shard * self.shard_rows
+        return self._read(path, shard, slice(first, first + int(self.rows_used[shard])))
+
+    def _read(self, path: str, shard: int, rows: slice) -> npt.NDArray[Any]:
+        if not self.location.exists(matrix_file(path, shard)):
+            raise _damaged(matrix_file(path, shard), "is missing")  # zarr would answer with fill values
+        try:
+            return np.asarray(self.array(path)[rows])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise _damaged(matrix_file(path, shard), str(error)) from error
+
+    def _array(self, path: str) -> zarr.Array[Any]:
+        array = self._arrays[path]
+        assert isinstance(array, zarr.Array)
+        return array
+
+    @cached_property
+    def _arrays(self) -> zarr.Group:
+        return self.location.zarr_group(ARRAYS)
+
+    def _must_be_done(self, artifact: str, shard: int) -> None:
+        owner = self.layout.artifacts.get(artifact)
+        if owner is None:
+            known = sorted(self.layout.artifacts)
+            raise unknown_name("artifact", artifact, known, next_step="add it: actstore extract … --into STORE")
+        if not 0 <= shard < self.layout.n_shards or (owner != CORPUS_PASS and shard not in self.receipts[owner]):
+            raise UnknownName(
+                explain(
+                    f"Shard {shard} of {artifact} is not stored",
+                    accepted=f"one of the {len(self.done(artifact))} of {self.layout.n_shards} shards that are done",
+                    next_step="finish the extraction: run the same `actstore extract` command again",
+                )
+            )
+
+    def gather(self, path: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Return these rows of a matrix, in the order asked for: (row, column), in its stored dtype.
+
+        Each shard is decoded once, from its first wanted row to its last.
+        Raises UnknownName for rows that do not exist, are filler or were not extracted.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        self._must_be_rows(rows)
+        spec = self.array(path)
+        out = np.empty((len(rows), *spec.shape[1:]), dtype=spec.dtype)
+        shards = rows // self.shard_rows
+        for shard in np.unique(shards):
+            self._must_be_done(artifact_of(path), int(shard))
+            here = np.flatnonzero(shards == shard)
+            low, high = int(rows[here].min()), int(rows[here].max())
+            out[here] = self._read(path, int(shard), slice(low, high + 1))[rows[here] - low]
+        return out
+
+    def _must_be_rows(self, rows: npt.NDArray[np.int64]) -> None:
+        shards, offsets = np.divmod(rows, self.shard_rows)
+        inside = (rows >= 0) & (shards < self.layout.n_shards)
+        inside[inside] = offsets[inside] < self.rows_used[shards[inside]]
+        if not inside.all():
+            raise UnknownName(
+                explain(
+                    f"There is no row {int(rows[~inside][0])}",
+                    accepted=f"the rows of `tokens` ({self.layout.n_rows} in {self.layout.n_shards} shards)",
+                    next_step="look it up: SELECT min(row), max(row) FROM tokens",
+                )
+            )
+
+    def _tokens(self, shard: int) -> npt.NDArray[np.int32]:
+        return np.asarray(self.matrix("corpus/tokens", shard), dtype=np.int32)
+
+    def token_column(self, name: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """Return one field of `corpus/tokens` for these rows: int32 (row)."""
+        self._must_be_rows(rows)
+        out = np.empty(len(rows), dtype=np.int32)
+        shards, offsets = np.divmod(rows, self.shard_rows)
+        for shard in np.unique(shards):
+            here = shards == shard
+            out[here] = self.tokens(int(shard))[offsets[here], TOKEN_FIELDS.index(name)]
+        return out
+
+    def firings(self, sae: str, shard: int) -> RowFirings:
+        """Return the firings of one shard of an SAE, over all rows of the shard; filler rows have none."""
+        self._must_be_done(f"firings/{sae}", shard)
+        name = firings_file(sae, shard)
+        try:
+            return decode_firings(self.location.read(name), name)
+        except FileNotFoundError as error:
+            raise _damaged(name, "is missing") from error
+
+    def sequences(self, segment: int) -> npt.NDArray[np.int64]:
+        """Return doc, first row and n_tokens of every sequence of a segment: int64 (seq, 3)."""
+        return np.asarray(self.array(f"corpus/segments/{segment}/sequences")[...], dtype=np.int64)
+
+    def documents(self, segment: int) -> Iterator[pa.RecordBatch]:
+        """Yield the documents of a segment, a few thousand at a time."""
+        home = f"corpus/segments/{segment}"
+        fields = self.array(f"{home}/documents")
+        first_doc, n_docs = self.layout.segments[segment].first_doc, fields.shape[0]
+        for start in range(0, n_docs, DOCUMENTS_PER_BATCH):
+            values = np.asarray(fields[start : start + DOCUMENTS_PER_BATCH], dtype=np.int64)
+            size = len(values)
+            yield pa.RecordBatch.from_pydict(
+                {
+                    "doc": pa.array(np.arange(size, dtype=np.int64) + first_doc + start),
+                    "segment": pa.array(np.full(size, segment, dtype=np.int32)),
+                    "text": self._texts(f"{home}/text", values[:, 0], values[:, 1]),
+                    "n_tokens": pa.array(values[:, 4]),
+                    "metadata": self._texts(f"{home}/metadata", values[:, 2], values[:, 3]),
+                    "parent": pa.nulls(size, pa.int64()),
+                    "variant": pa.nulls(size, pa.string()),
+                }
+            )
+
+    def _texts(self, path: str, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> pa.Array:
+        text = np.asarray(self.array(path)[int(starts[0]) : int(ends[-1])], dtype=np.uint8)
+        return unpack_texts(text, np.concatenate([starts, ends[-1:]]))
+
+    def document_text(self, doc: int) -> str:
+        """Return the text of one document."""
+        segment = next((one for one in self.layout.segments if 0 <= doc - one.first_doc < one.n_docs), None)
+        if segment is None:
+            raise UnknownName(
+                explain(f"There is no document {doc}", accepted=f"documents 0 to {self.layout.n_docs - 1}")
+            )
+        home = f"corpus/segments/{segment.segment}"
+        start, end = np.asarray(self.array(f"{home}/documents")[doc - segment.first_doc])[:2]
+        return bytes(np.asarray(self.array(f"{home}/text")[int(start) : int(end)])).decode()
+
+    # Kit and tables
+
+    @cached_property
+    def _vocabulary(self) -> pa.Array:
+        arrays, _ = decode_bundle(read_piece(self.location, self.store.vocabulary), "the vocabulary")
+        return unpack_texts(arrays["text"], arrays["bounds"])
+
+    def vocabulary(self) -> pa.Array:
+        """Return the display text of every token id: Arrow large_string (token)."""
+        return self._vocabulary
+
+    def kit_piece(self, name: str) -> str:
+        """Return the digest of the kit piece with this name.
+
+        Raises UnknownName where no pass stored it.
+        """
+        pieces = {key: digest for made in self.passes.values() for key, digest in made.kit.items()}
+        if name not in pieces:
+            raise unknown_name("kit piece", name, pieces)
+        return pieces[name]
+
+    def feature_logits(self, sae: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
+        """Return token ids and logits (feature, rank) of an SAE, or None where they were not computed."""
+        name = f"firings/{sae}/feature_logits.zip"
+        owner = self.layout.artifacts.get(f"firings/{sae}")
+        if owner is None or name not in self.passes[owner].files:
+            return None
+        arrays, _ = decode_bundle(self.location.read(name), name)
+        return arrays["token_ids"], arrays["logits"]
+
+    def labels(self) -> list[tuple[str, int, str]]:
+        """Return sae, feature and label of every feature that was named."""
+        if not self.location.exists("labels.json"):
+            return []
+        body = self.location.read_sealed("labels.json")["labels"]
+        return [(sae, int(feature), label) for sae, of in body.items() for feature, label in of.items()]
+
+    def tables(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the small tables of the SQL contract, as rows."""
+        return small_tables(self.store, self.layout, self.passes, self.receipts, self.corpus_manifests)
+
+
+def _damaged(name: str, why: str) -> CorruptStore:
+    return CorruptStore(
+        explain(
+            f"{name} cannot be read: {why.splitlines()[0] if why else 'no reason given'}",
+            next_step="run `actstore verify`, which names everything that is damaged",
+        )
+    )

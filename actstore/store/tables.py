@@ -1,0 +1,106 @@
+"""The small tables of the SQL contract, as rows: what a store says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from actstore.sealed import canonical_json
+from actstore.sites import parse_site
+
+from .layout import Layout, PassFile, StoreFile
+
+__all__ = ["small_tables"]
+
+Receipts = Mapping[str, Mapping[int, Mapping[str, Any]]]
+
+
+def small_tables(
+    store: StoreFile,
+    layout: Layout,
+    passes: Mapping[str, PassFile],
+    receipts: Receipts,
+    manifests: Sequence[Mapping[str, Any]],
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of `store`, `passes`, `sites`, `saes` and `health`."""
+    return {
+        "store": [_store(store, layout, receipts)],
+        "passes": [_pass(one, made, layout, receipts) for one, made in passes.items()],
+        "sites": [row for one, made in passes.items() for row in _sites(one, made, layout)],
+        "saes": [row for one, made in passes.items() for row in _saes(one, made, layout)],
+        "health": _corpus_health(manifests) + [dict(check) for made in passes.values() for check in made.health],
+    }
+
+
+def _store(store: StoreFile, layout: Layout, receipts: Receipts) -> dict[str, Any]:
+    done = set.intersection(*(set(one) for one in receipts.values())) if receipts else set()
+    return {
+        "model": store.model["identity"]["name"],
+        "revision": store.model["identity"]["revision"],
+        "tokenizer": store.tokenizer["name"],
+        "shards_done": len(done),
+        "shards_total": layout.n_shards,
+        "versions": canonical_json(dict(store.versions)).decode(),
+        "created": store.created,
+    }
+
+
+def _pass(pass_id: str, made: PassFile, layout: Layout, receipts: Receipts) -> dict[str, Any]:
+    return {
+        "pass": pass_id,
+        "recipe": canonical_json(dict(made.recipe)).decode(),
+        "digest": made.recipe_digest,
+        "done": len(receipts[pass_id]),
+        "total": layout.n_shards,
+    }
+
+
+def _sites(pass_id: str, made: PassFile, layout: Layout) -> list[dict[str, Any]]:
+    rows = []
+    for spec in made.matrices:
+        if spec.path.startswith("sites/") and layout.artifacts.get(spec.path) == pass_id:
+            site = parse_site(spec.path.removeprefix("sites/"))
+            rows.append(
+                {
+                    "site": str(site),
+                    "kind": site.kind,
+                    "layer": site.layer,
+                    "width": spec.n_columns,
+                    "dtype": spec.dtype,
+                    "pass": pass_id,
+                }
+            )
+    return rows
+
+
+def _saes(pass_id: str, made: PassFile, layout: Layout) -> list[dict[str, Any]]:
+    return [
+        {
+            "sae": coder["sae"],
+            "site": coder["site"],
+            "layer": parse_site(coder["site"]).layer,
+            "width": coder["width"],
+            "d_in": coder["d_in"],
+            "architecture": coder["architecture"],
+            "release": coder["release"],
+            "sae_id": coder["sae_id"],
+            "neuronpedia_id": coder["neuronpedia_id"],
+            "revision": coder["revision"],
+            "sha256": coder["weights_digest"],
+            "declared_l0": coder["declared_l0"],
+            "pass": pass_id,
+        }
+        for coder in made.recipe["saes"]
+        if layout.artifacts.get(f"firings/{coder['sae']}") == pass_id
+    ]
+
+
+def _corpus_health(manifests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what tokenising noticed: it is information, not a fault, but never silent."""
+    rows = []
+    for number, manifest in enumerate(manifests):
+        for name in ("replaced_surrogates", "empty_documents"):
+            count = manifest["describe"].get(name, 0)
+            subject = f"segment {number}"
+            rows.append({"name": name, "subject": subject, "value": float(count), "expected": "0", "ok": count == 0})
+    return rows

@@ -1,0 +1,266 @@
+"""Making and growing a store: its creation, its segments, the beginning of a pass (docs/format.md §3, §4, §7)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from actstore.blocks import TOKEN_FIELDS, MatrixSpec, Segment, TokenShard
+from actstore.errors import InvalidInput, MissingInput, explain
+from actstore.sealed import read_sealed, sha256_hex, write_durably, write_sealed
+
+from .arrays import array_metadata, encode_shard, group_metadata, lengthened
+from .claims import exclusive
+from .files import (
+    LAYOUT_FILE,
+    STORE_FILE,
+    manifest_file,
+    matrix_file,
+    metadata_file,
+    pass_file,
+    prove_and_write,
+    write_groups,
+)
+from .growing import GrowingArray, GrowingSpec
+from .layout import CORPUS_PASS, FileProof, Layout, PassFile, StoreFile
+
+__all__ = ["TOKENS", "CorpusPart", "StoreWriter"]
+
+TOKENS = MatrixSpec("corpus/tokens", len(TOKEN_FIELDS), "int32", "field", TOKEN_FIELDS, per_column_chunks=True)
+DOCUMENT_FIELDS = ("text_start", "text_end", "metadata_start", "metadata_end", "n_tokens", "n_replaced")
+SEQUENCE_FIELDS = ("doc", "row", "n_tokens")
+SEGMENT_ARRAYS = (
+    GrowingSpec("documents", "int64", ("doc", "field"), DOCUMENT_FIELDS),
+    GrowingSpec("sequences", "int64", ("seq", "field"), SEQUENCE_FIELDS),
+    GrowingSpec("text", "uint8", ("byte",)),
+    GrowingSpec("metadata", "uint8", ("byte",)),
+)
+
+
+class DocumentPart(Protocol):
+    """One document as it is stored; metadata is the JSON text of one object."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def metadata(self) -> str: ...
+    @property
+    def n_tokens(self) -> int: ...
+    @property
+    def n_replaced(self) -> int: ...
+
+
+class CorpusPart(Protocol):
+    """Documents, sequences and finished shards, in order; what the corpus room yields."""
+
+    @property
+    def documents(self) -> Sequence[DocumentPart]: ...
+    @property
+    def sequences(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def shards(self) -> Sequence[TokenShard]: ...
+
+
+@dataclass
+class StoreWriter:
+    """A local store opened for writing; `layout` is what its `layout.json` says."""
+
+    root: Path
+    store: StoreFile
+    layout: Layout
+
+    @classmethod
+    def open(cls, root: Path) -> StoreWriter:
+        """Open an existing store for writing.
+
+        Raises MissingInput where there is none, CorruptStore or UnsupportedFormat where it cannot be read.
+        """
+        if not (root / STORE_FILE).is_file():
+            raise MissingInput(
+                explain(
+                    f"There is no store at {root}",
+                    accepted="a local directory that `actstore extract … --out` made",
+                    next_step=f"make one: actstore extract MODEL DATASET --out {root} --site 'resid_post.*'",
+                )
+            )
+        store = StoreFile.from_json(read_sealed(root / STORE_FILE), str(root / STORE_FILE))
+        layout = Layout.from_json(read_sealed(root / LAYOUT_FILE)) if (root / LAYOUT_FILE).exists() else Layout()
+        return cls(root, store, layout)
+
+    @classmethod
+    def create(cls, root: Path, store: StoreFile) -> StoreWriter:
+        """Make a store in a new or empty directory; call it with the lock held."""
+        write_sealed(root / STORE_FILE, store.to_json())
+        return cls(root, store, Layout())
+
+    @staticmethod
+    def prepare(root: Path) -> bool:
+        """Make the directory; return whether a store is in it already.
+
+        Raises InvalidInput where something else is there.
+        """
+        if root.exists() and not root.is_dir():
+            raise InvalidInput(explain(f"{root} is a file", accepted="a directory that is new, empty or a store"))
+        root.mkdir(parents=True, exist_ok=True)
+        if (root / STORE_FILE).exists():
+            return True
+        others = [path.name for path in root.iterdir() if path.name != "lock" and path.suffix != ".partial"]
+        if others:
+            raise InvalidInput(
+                explain(
+                    f"{root} exists and is not a store (it holds {', '.join(sorted(others)[:3])} …)",
+                    accepted="a directory that is new, empty or a store",
+                    next_step="choose another --out",
+                )
+            )
+        return False
+
+    def write_segment(self, parts: Iterable[CorpusPart], describe: Callable[[], Mapping[str, Any]]) -> Segment:
+        """Write a new segment's documents, sequences and tokens and add it to the layout; call with the lock held.
+
+        `describe` is asked after the last part for what the manifest says of the segment, `documents_digest` at least.
+        """
+        number, first = len(self.layout.segments), self.layout
+        home = f"corpus/segments/{number}"
+        shutil.rmtree(self.root / "arrays" / home, ignore_errors=True)  # of a run that died here
+        files: dict[str, FileProof] = {}
+
+        def write(array: str) -> Any:
+            def write_shard(name: str, data: bytes, values: npt.NDArray[Any]) -> None:
+                path = f"arrays/{home}/{array}/{name}"
+                files[path] = prove_and_write(self.root, path, data, [values])
+
+            return write_shard
+
+        growing = {spec.name: GrowingArray(spec, write(spec.name)) for spec in SEGMENT_ARRAYS}
+        rows_used: list[int] = []
+        for part in parts:
+            _append(growing, part)
+            for shard in part.shards:
+                path = matrix_file(TOKENS.path, shard.shard)
+                data = encode_shard(TOKENS, shard.values, self.store.shard_rows)
+                files[path] = prove_and_write(self.root, path, data, [shard.values])
+                rows_used.append(shard.n_rows)
+        metadata = {f"{home}/{name}": array.close() for name, array in growing.items()}
+        description = describe()
+        segment = Segment(
+            number,
+            first.n_docs,
+            len(growing["documents"]),
+            first.n_seqs,
+            len(growing["sequences"]),
+            first.n_shards,
+            len(rows_used),
+            sum(rows_used),
+            description["documents_digest"],
+        )
+        body = {
+            "segment": asdict(segment),
+            "rows_used": rows_used,
+            "describe": dict(description),
+            "files": {path: asdict(proof) for path, proof in files.items()},
+        }
+        (self.root / manifest_file(CORPUS_PASS, number)).parent.mkdir(parents=True, exist_ok=True)
+        write_sealed(self.root / manifest_file(CORPUS_PASS, number), body)
+        self._add_segment(segment, metadata)
+        return segment
+
+    def _add_segment(self, segment: Segment, metadata: Mapping[str, bytes]) -> None:
+        if not self.layout.segments:
+            metadata = {**metadata, TOKENS.path: array_metadata(TOKENS, 0, self.store.shard_rows)}
+        digests = self._write_metadata(metadata)
+        artifacts = {**self.layout.artifacts, TOKENS.path: CORPUS_PASS}
+        segments = (*self.layout.segments, segment)
+        self._publish(replace(self.layout, segments=segments, artifacts=artifacts), digests)
+
+    def begin_pass(self, pass_id: str, made: PassFile) -> None:
+        """Declare a pass: its file, the metadata of its arrays, its place in the layout; call with the lock held."""
+        (self.root / pass_file(pass_id)).parent.mkdir(parents=True, exist_ok=True)
+        write_sealed(self.root / pass_file(pass_id), made.to_json())
+        arrays = {spec.path: array_metadata(spec, 0, self.store.shard_rows) for spec in made.matrices}
+        digests = self._write_metadata(arrays)
+        self._publish(self.layout.with_pass(pass_id, made), digests)
+
+    def drop(self, artifact: str) -> None:
+        """Take an artifact out of the layout, then remove its files; call with the lock held."""
+        artifacts = {name: owner for name, owner in self.layout.artifacts.items() if name != artifact}
+        homes = [f"arrays/{artifact}", artifact, f"arrays/reconstruction/{artifact.removeprefix('firings/')}"]
+        gone = [home for home in homes if (self.root / home).is_dir()]
+        metadata = {
+            path: digest
+            for path, digest in self.layout.metadata.items()
+            if not any(path.startswith(f"{home}/") for home in gone)
+        }
+        self._publish(replace(self.layout, artifacts=artifacts, metadata=metadata), {})
+        for home in gone:
+            shutil.rmtree(self.root / home)
+
+    def repair_metadata(self) -> None:
+        """Bring every `zarr.json` to what the layout says: a run may have died between the two; needs the lock."""
+        for path, digest in self.layout.metadata.items():
+            file = self.root / path
+            data = file.read_bytes()
+            if sha256_hex(data) != digest:
+                longer = lengthened(data, self.layout.n_shards * self.store.shard_rows)
+                if sha256_hex(longer) == digest:
+                    write_durably(file, longer)
+
+    def _write_metadata(self, arrays: Mapping[str, bytes]) -> dict[str, str]:
+        for path, data in arrays.items():
+            file = self.root / metadata_file(path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(file, data)
+        groups = write_groups(self.root, arrays, group_metadata())
+        return groups | {metadata_file(path): sha256_hex(data) for path, data in arrays.items()}
+
+    def _publish(self, layout: Layout, digests: Mapping[str, str]) -> None:
+        """Replace the layout, with every row-keyed array as long as the layout; then the arrays' metadata."""
+        metadata = {**layout.metadata, **digests}
+        longer: dict[str, bytes] = {}
+        for path in metadata:
+            file = self.root / path
+            if _is_row_keyed(path):
+                longer[path] = lengthened(file.read_bytes(), layout.n_shards * self.store.shard_rows)
+                metadata[path] = sha256_hex(longer[path])
+        self.layout = replace(layout, metadata=metadata)
+        write_sealed(self.root / LAYOUT_FILE, self.layout.to_json())
+        for path, data in longer.items():
+            if (self.root / path).read_bytes() != data:
+                write_durably(self.root / path, data)
+
+    def locked(self, *, wait_seconds: float = 600.0) -> Any:
+        """Return the context manager of the store's lock."""
+        return exclusive(self.root, wait_seconds=wait_seconds)
+
+
+def _is_row_keyed(path: str) -> bool:
+    """Return whether a `zarr.json` is that of an array whose first axis is `row`."""
+    parts = path.split("/")[1:-1]
+    depth = {"corpus": 2, "sites": 2, "predictions": 2, "reconstruction": 2, "lens": 4}.get(parts[0] if parts else "")
+    return depth == len(parts) and parts[:2] != ["corpus", "segments"]
+
+
+def _append(growing: Mapping[str, GrowingArray], part: CorpusPart) -> None:
+    columns = [
+        *_append_texts(growing["text"], [document.text for document in part.documents]),
+        *_append_texts(growing["metadata"], [document.metadata for document in part.documents]),
+        np.array([document.n_tokens for document in part.documents], dtype=np.int64),
+        np.array([document.n_replaced for document in part.documents], dtype=np.int64),
+    ]
+    growing["documents"].append(np.stack(columns, axis=1))
+    growing["sequences"].append(part.sequences)
+
+
+def _append_texts(array: GrowingArray, texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Append texts as UTF-8 and return where each starts and ends, in bytes."""
+    encoded = [text.encode() for text in texts]
+    lengths = np.array([len(text) for text in encoded], dtype=np.int64)
+    ends = len(array) + np.cumsum(lengths)
+    array.append(np.frombuffer(b"".join(encoded), dtype=np.uint8))
+    return ends - lengths, ends
