@@ -1,1 +1,1 @@
-
+"""Named queries, one question a file; `actstore queries` lists them, `actstore.named` reads them."""

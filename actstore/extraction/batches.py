@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +70,7 @@ def plan_batches(shard: TokenShard, batch_tokens: int) -> list[Batch]:
     return batches
 
 
-def _batch(token_id: npt.NDArray[np.int64], sequences: Sequences, members: Sequence[int]) -> Batch:
+def _batch(token_id: npt.NDArray[np.int64], sequences: Sequences, members: npt.NDArray[np.intp]) -> Batch:
     lengths, starts = sequences.lengths[members], sequences.starts[members]
     position = np.arange(int(lengths.max()))
     mask = position < lengths[:, None]

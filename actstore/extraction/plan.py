@@ -84,7 +84,7 @@ def check_disk(plan: Plan, *, force: bool) -> None:
         raise NoSpace(
             explain(
                 f"The extraction would take about {plan.total_bytes / 1e9:.1f} GB "
-                f"(most: {largest.artifact}, {largest.n_bytes / 1e9:.1f} GB), and {plan.free_bytes / 1e9:.1f} GB are free",
+                f"(most: {largest.artifact}, {largest.n_bytes / 1e9:.1f} GB); {plan.free_bytes / 1e9:.1f} GB are free",
                 accepted=f"at most {DISK_SHARE:.0%} of the free disk",
                 next_step="ask for fewer sites, --max-tokens, --storage-dtype bfloat16, another disk, or add --force",
             )

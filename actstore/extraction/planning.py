@@ -45,7 +45,7 @@ def _draft(
         documents_digest=UNKNOWN,
         tokenizer_digest=tokenizer.digest,
         context=window.context,
-        stride=window.stride,
+        stride=window.text_stride(has_bos=tokenizer.bos_id is not None),
         shard_rows=shard_rows,
         batch_tokens=request.batch_tokens or DEFAULT_BATCH_TOKENS,
     )

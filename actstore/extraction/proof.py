@@ -1,4 +1,4 @@
-"""The proof of SAEs before a pass begins: do they explain the site they claim, better than any near it (DESIGN: health)?"""
+"""The proof of SAEs before a pass begins: does each explain the site it claims, better than any site near it?"""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ def read_out(
     """Return predictions from the last residual stream and the logit lens of every site.
 
     final and sites: (row, d_model) of any float dtype; targets int64 (row), −1 for none. The lens of a site is
-    logits(final_norm(x)) with the model's own soft cap (nostalgebraist 2020); KL is KL(final ‖ lens), in nats, as entropy.
+    logits(final_norm(x)) with the model's own soft cap (nostalgebraist 2020). KL is
+    KL(final ‖ lens); it and the entropy are in nats.
     """
     import torch
 

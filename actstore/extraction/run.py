@@ -96,7 +96,7 @@ def _open_or_create(request: Request, model: LoadedModel, tokenizer: TokenizerHa
         shard_rows=request.shard_rows or DEFAULT_SHARD_ROWS,
         batch_tokens=request.batch_tokens or DEFAULT_BATCH_TOKENS,
         context=window.context,
-        stride=window.stride,
+        stride=window.text_stride(has_bos=tokenizer.bos_id is not None),
         tokenizer={
             "name": model.facts.name,
             "digest": tokenizer.digest,

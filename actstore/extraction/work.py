@@ -98,7 +98,7 @@ def _refuse_other_device(passing: PassWriter, reader: StoreReader, device_type: 
         if began != device_type:
             raise InvalidInput(
                 explain(
-                    f"The pass was begun on {began}, and this run is on {device_type}: the numbers would differ slightly",
+                    f"The pass was begun on {began}, this run is on {device_type}: the numbers would differ slightly",
                     accepted=f"--device {began}",
                     next_step="resume there, or add --mixed, which every receipt then records",
                 )

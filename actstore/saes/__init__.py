@@ -1,0 +1,27 @@
+"""Sparse coders: found by name, read without trusting the file, run in fixed tiles, proved on real rows.
+
+The home of npz reading. Importing this package does not import torch; encoding does.
+"""
+
+from .arguments import ResolvedSae, SaeArgument, expand_sae_arguments, parse_sae_argument
+from .coder import SparseCoder, check_width
+from .encoder import EncodedTile, SaeEncoder, round_mantissa
+from .loading import SaeSizes, load_sae, sae_sizes
+from .proof import compete, sae_health
+
+__all__ = [
+    "EncodedTile",
+    "ResolvedSae",
+    "SaeArgument",
+    "SaeEncoder",
+    "SaeSizes",
+    "SparseCoder",
+    "check_width",
+    "compete",
+    "expand_sae_arguments",
+    "load_sae",
+    "parse_sae_argument",
+    "round_mantissa",
+    "sae_health",
+    "sae_sizes",
+]

@@ -1,10 +1,10 @@
-"""The store on disk: layout, arrays, firings, claims, receipts, kit, verification. Home of zarr, numcodecs and fsspec."""
+"""The store on disk: layout, arrays, firings, claims, receipts, kit, proof. Home of zarr, numcodecs and fsspec."""
 
 from .bundle import decode_bundle, encode_bundle, open_bundle
 from .claims import exclusive
 from .files import prove_and_write
 from .journal import Journal
-from .kit import pack_texts, read_piece, write_piece
+from .kit import open_piece, pack_texts, write_piece
 from .layout import FileProof, Layout, PassFile, StoreFile
 from .location import Location
 from .passes import PassWriter
@@ -28,9 +28,9 @@ __all__ = [
     "encode_bundle",
     "exclusive",
     "open_bundle",
+    "open_piece",
     "pack_texts",
     "prove_and_write",
-    "read_piece",
     "sweep_store",
     "verify_store",
     "write_piece",

@@ -46,9 +46,9 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def compressors() -> tuple[Any, ...]:
-    """Return the codecs after `bytes`: byte-shuffle and Zstandard, then a CRC-32C of every chunk."""
-    return BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"), Crc32cCodec()
+def compressors(*, compressed: bool = True) -> tuple[Any, ...]:
+    """Return the codecs after `bytes`: byte-shuffle and Zstandard unless told not to, then a CRC-32C of every chunk."""
+    return (*((BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),) if compressed else ()), Crc32cCodec())
 
 
 def memory_array(
@@ -61,23 +61,22 @@ def memory_array(
     fill: float,
     axes: tuple[str, ...],
     attributes: dict[str, Any] | None = None,
-    store: MemoryStore | None = None,
+    compressed: bool = True,
 ) -> tuple[zarr.Array[Any], dict[str, Any]]:
     """Return a new array in memory and the files it is made of, by name: what zarr would have put on disk."""
     files: dict[str, Any] = {}
-    home = store or MemoryStore(files)
     with warnings.catch_warnings():
         # zarr 3.1 warns that bfloat16 has no registered specification; docs/format.md §5 is ours.
         warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
         array = zarr.create_array(
-            home,
+            MemoryStore(files),
             name=name,
             shape=shape,
             chunks=chunks,
             shards=shards,
             dtype=_registered.BFloat16() if dtype == _registered.BFLOAT16 else dtype,
             fill_value=fill,
-            compressors=compressors(),
+            compressors=compressors(compressed=compressed),
             chunk_key_encoding={"name": "default", "separator": SEPARATOR},
             dimension_names=axes,
             attributes=attributes or {},

@@ -9,32 +9,37 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import MemoryStore
+from zarr.storage import MemoryStore, ZipStore
 
 from actstore.errors import CorruptStore, explain
 from actstore.sealed import canonical_json
 
 from .arrays import group_metadata, memory_array
 
-__all__ = ["decode_bundle", "encode_bundle", "open_bundle"]
+__all__ = ["decode_bundle", "encode_bundle", "open_bundle", "open_bundle_file"]
 
 CHUNK_BYTES = 256 * 1024
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip: times are outside identity
 
 
 def encode_bundle(
-    arrays: Mapping[str, tuple[npt.NDArray[Any], tuple[str, ...]]], attributes: Mapping[str, Any]
+    arrays: Mapping[str, tuple[npt.NDArray[Any], tuple[str, ...]]],
+    attributes: Mapping[str, Any],
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    compressed: bool = True,
 ) -> bytes:
     """Return the file of a group with these arrays; each comes with the names of its axes."""
     entries = {"zarr.json": group_metadata(dict(attributes))}
     for name, (values, axes) in arrays.items():
-        entries |= _array_entries(name, values, axes)
+        entries |= _array_entries(name, values, axes, chunk_bytes, compressed)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(entries):
@@ -42,9 +47,11 @@ def encode_bundle(
     return buffer.getvalue()
 
 
-def _array_entries(name: str, values: npt.NDArray[Any], axes: tuple[str, ...]) -> dict[str, bytes]:
+def _array_entries(
+    name: str, values: npt.NDArray[Any], axes: tuple[str, ...], chunk_bytes: int, compressed: bool
+) -> dict[str, bytes]:
     row_bytes = max(1, values[:1].nbytes)
-    chunk = max(1, min(max(1, len(values)), CHUNK_BYTES // row_bytes))
+    chunk = max(1, min(max(1, len(values)), chunk_bytes // row_bytes))
     n_chunks = max(1, -(-len(values) // chunk))
     tail = values.shape[1:]
     array, files = memory_array(
@@ -55,6 +62,7 @@ def _array_entries(name: str, values: npt.NDArray[Any], axes: tuple[str, ...]) -
         dtype=values.dtype,
         fill=0,
         axes=axes,
+        compressed=compressed,
     )
     if values.size:
         array[:] = values
@@ -76,6 +84,19 @@ def open_bundle(data: bytes, name: str) -> zarr.Group:
     except (zipfile.BadZipFile, KeyError, ValueError, FileNotFoundError, EOFError, NotImplementedError) as error:
         raise CorruptStore(
             explain(f"{name} cannot be read ({error})", next_step="run `actstore verify` on the store")
+        ) from error
+
+
+def open_bundle_file(path: Path) -> zarr.Group:
+    """Return the group in a local bundle, read chunk by chunk from the disk.
+
+    Raises CorruptStore where the file is not a bundle.
+    """
+    try:
+        return zarr.open_group(ZipStore(path, mode="r", read_only=True), mode="r")
+    except (zipfile.BadZipFile, KeyError, ValueError, FileNotFoundError) as error:
+        raise CorruptStore(
+            explain(f"{path} cannot be read ({error})", next_step="run `actstore verify` on the store")
         ) from error
 
 

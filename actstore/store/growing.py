@@ -48,24 +48,24 @@ class GrowingArray:
         self._shard -= self._shard % self._chunk
         self._write = write
         self._waiting: list[npt.NDArray[Any]] = []
-        self._n_waiting = self._n_shards = 0
+        self._length = self._n_waiting = self._n_shards = 0
 
     def __len__(self) -> int:
-        return self._n_shards * self._shard + self._n_waiting
+        return self._length
 
     def append(self, values: npt.NDArray[Any]) -> None:
         """Add values along the first axis."""
         self._waiting.append(values.astype(self.spec.dtype, copy=False).reshape(-1, *self.spec.tail))
         self._n_waiting += len(self._waiting[-1])
+        self._length += len(self._waiting[-1])
         while self._n_waiting >= self._shard:
             self._flush()
 
     def close(self) -> bytes:
         """Write what is left and return the array's `zarr.json`."""
-        length = len(self)
         if self._n_waiting:
             self._flush()
-        _, files = self._array(length, self.spec.columns)
+        _, files = self._array(len(self), self.spec.columns)
         return canonical_json(json.loads(files["a/zarr.json"].to_bytes())) + b"\n"
 
     def _flush(self) -> None:

@@ -14,13 +14,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import zarr
 
 from actstore.sealed import sha256_hex, write_durably
 
-from .bundle import encode_bundle
+from .bundle import encode_bundle, open_bundle_file
 from .location import Location
 
-__all__ = ["kit_file", "pack_texts", "read_piece", "unpack_texts", "write_piece"]
+__all__ = ["kit_file", "open_piece", "pack_texts", "unpack_texts", "write_piece"]
+
+
+CHUNK_BYTES = 4 << 20
 
 
 def kit_file(digest: str) -> str:
@@ -32,7 +36,8 @@ def write_piece(
     root: Path, arrays: Mapping[str, tuple[npt.NDArray[Any], tuple[str, ...]]], attributes: Mapping[str, Any]
 ) -> str:
     """Write a kit piece unless it is there already; return its digest, which is its name."""
-    data = encode_bundle(arrays, attributes)
+    # Uncompressed, in large chunks: a lens reads all of it, and weights hardly shrink.
+    data = encode_bundle(arrays, attributes, chunk_bytes=CHUNK_BYTES, compressed=False)
     digest = sha256_hex(data)
     path = root / kit_file(digest)
     if not path.exists():
@@ -41,9 +46,9 @@ def write_piece(
     return digest
 
 
-def read_piece(location: Location, digest: str) -> bytes:
-    """Return a kit piece's bytes, from the store or from the local cache that stores share."""
-    return location.fetch(kit_file(digest), digest).read_bytes()
+def open_piece(location: Location, digest: str) -> zarr.Group:
+    """Return a kit piece, from the store or from the local cache that stores share."""
+    return open_bundle_file(location.fetch(kit_file(digest), digest))
 
 
 def pack_texts(texts: list[str]) -> dict[str, tuple[npt.NDArray[Any], tuple[str, ...]]]:

@@ -55,6 +55,10 @@ class Location:
         """Return whether a file or directory is there."""
         return bool(self.filesystem.exists(self._full(name)))
 
+    def size(self, name: str) -> int:
+        """Return a file's size in bytes; raises FileNotFoundError where it is missing."""
+        return int(self.filesystem.size(self._full(name)))
+
     def read(self, name: str) -> bytes:
         """Return a file's bytes; raises FileNotFoundError where it is missing."""
         data: bytes = self.filesystem.cat_file(self._full(name))

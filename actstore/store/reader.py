@@ -19,7 +19,7 @@ from actstore.sealed import digest_of
 from .bundle import decode_bundle
 from .csr import decode_firings
 from .files import ARRAYS, LAYOUT_FILE, STORE_FILE, firings_file, manifest_file, matrix_file, pass_file, receipt_file
-from .kit import read_piece, unpack_texts
+from .kit import open_piece, unpack_texts
 from .layout import CORPUS_PASS, Layout, PassFile, StoreFile
 from .location import Location
 from .tables import small_tables
@@ -29,6 +29,7 @@ __all__ = ["StoreReader"]
 DOCUMENTS_PER_BATCH = 4096
 TOKEN_SHARDS_CACHED = 64
 FIRING_SHARDS_CACHED = 16
+DOCUMENTS_CACHED = 1024
 
 
 class StoreReader:
@@ -57,6 +58,8 @@ class StoreReader:
         self.tokens = lru_cache(TOKEN_SHARDS_CACHED)(self._tokens)
         self.firings_cached = lru_cache(FIRING_SHARDS_CACHED)(self.firings)
         self.array = lru_cache(None)(self._array)
+        self._sequence_docs = lru_cache(None)(lambda segment: self.sequences(segment)[:, 0])
+        self.document_text = lru_cache(DOCUMENTS_CACHED)(self._document_text)
 
     def _layout(self) -> Layout:
         try:
@@ -241,7 +244,16 @@ class StoreReader:
         text = np.asarray(self.array(path)[int(starts[0]) : int(ends[-1])], dtype=np.uint8)
         return unpack_texts(text, np.concatenate([starts, ends[-1:]]))
 
-    def document_text(self, doc: int) -> str:
+    def documents_of(self, seqs: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
+        """Return the document of each sequence: int64 (sequence)."""
+        out = np.empty(len(seqs), dtype=np.int64)
+        for segment in self.layout.segments:
+            here = (seqs >= segment.first_seq) & (seqs < segment.first_seq + segment.n_seqs)
+            if here.any():
+                out[here] = self._sequence_docs(segment.segment)[seqs[here] - segment.first_seq]
+        return out
+
+    def _document_text(self, doc: int) -> str:
         """Return the text of one document."""
         segment = next((one for one in self.layout.segments if 0 <= doc - one.first_doc < one.n_docs), None)
         if segment is None:
@@ -256,22 +268,22 @@ class StoreReader:
 
     @cached_property
     def _vocabulary(self) -> pa.Array:
-        arrays, _ = decode_bundle(read_piece(self.location, self.store.vocabulary), "the vocabulary")
-        return unpack_texts(arrays["text"], arrays["bounds"])
+        piece = open_piece(self.location, self.store.vocabulary)
+        return unpack_texts(np.asarray(piece["text"]), np.asarray(piece["bounds"]))
 
     def vocabulary(self) -> pa.Array:
         """Return the display text of every token id: Arrow large_string (token)."""
         return self._vocabulary
 
-    def kit_piece(self, name: str) -> str:
-        """Return the digest of the kit piece with this name.
+    def kit_piece(self, name: str) -> zarr.Group:
+        """Return the kit piece with this name, such as `unembedding`: its arrays and attributes.
 
         Raises UnknownName where no pass stored it.
         """
         pieces = {key: digest for made in self.passes.values() for key, digest in made.kit.items()}
         if name not in pieces:
             raise unknown_name("kit piece", name, pieces)
-        return pieces[name]
+        return open_piece(self.location, pieces[name])
 
     def feature_logits(self, sae: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
         """Return token ids and logits (feature, rank) of an SAE, or None where they were not computed."""

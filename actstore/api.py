@@ -1,0 +1,218 @@
+"""`Store`: the one facade that notebooks, command line and service call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from .errors import InvalidInput, MissingInput, QueryError, UnknownName, explain, unknown_name
+from .index import Catalog, Connection, Part, load_catalog, open_index, plain_connection
+from .lenses import Functions
+from .named import named_query
+from .results import Result
+from .store import StoreReader
+
+if TYPE_CHECKING:
+    import duckdb
+    import scipy.sparse
+
+__all__ = ["Activations", "SiteView", "Store"]
+
+INDEX = "index"
+Parameters = Sequence[Any] | Mapping[str, Any] | None
+
+
+class SiteView:
+    """A stored site as rows of numbers: `store["resid_post.20"][rows]`."""
+
+    def __init__(self, functions: Functions, site: str) -> None:
+        self._functions = functions
+        self.site = site
+        self.zarr: zarr.Array[Any] = functions.reader.array(f"sites/{site}")
+        """The raw array (row, width) in its stored dtype, filler included."""
+
+    @property
+    def width(self) -> int:
+        return int(self.zarr.shape[1])
+
+    def __getitem__(self, rows: int | slice | npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Return these rows as float32: (row, width), or (width) for a single row.
+
+        A slice takes the rows in use that lie in it. Raises UnknownName for rows that do not exist or are filler.
+        """
+        if isinstance(rows, slice):
+            return self._functions.vectors(self.site, self._in_use(rows))
+        numbers = np.asarray(rows)
+        if numbers.dtype == np.bool_ or not (np.issubdtype(numbers.dtype, np.integer) or numbers.size == 0):
+            raise InvalidInput(explain(f"Rows are numbers, not {numbers.dtype}", accepted="integers or a slice"))
+        vectors = self._functions.vectors(self.site, np.atleast_1d(numbers).astype(np.int64))
+        return vectors[0] if numbers.ndim == 0 else vectors
+
+    def _in_use(self, rows: slice) -> npt.NDArray[np.int64]:
+        reader = self._functions.reader
+        wanted = np.arange(*rows.indices(reader.layout.n_shards * reader.shard_rows), dtype=np.int64)
+        shards, offsets = np.divmod(wanted, reader.shard_rows)
+        return wanted[offsets < reader.rows_used[shards]]
+
+
+class Activations:
+    """The firings of one SAE, row-major: SciPy CSR matrices, a shard at a time."""
+
+    def __init__(self, reader: StoreReader, sae: str, n_features: int) -> None:
+        self._reader, self.sae, self.n_features = reader, sae, n_features
+
+    @property
+    def shards(self) -> list[int]:
+        """The shards that are stored."""
+        return list(self._reader.done(f"firings/{self.sae}"))
+
+    def shard(self, shard: int) -> scipy.sparse.csr_array[Any]:
+        """Return one shard as float32 CSR (row of the shard, feature); filler rows are empty."""
+        import scipy.sparse
+
+        one = self._reader.firings_cached(self.sae, shard)
+        shape = (one.n_rows, self.n_features)
+        return scipy.sparse.csr_array((one.activations, one.features.astype(np.int32), one.indptr), shape=shape)
+
+    def __getitem__(self, rows: npt.ArrayLike) -> scipy.sparse.csr_array[Any]:
+        """Return these rows, in the order asked for, as float32 CSR (row, feature)."""
+        import scipy.sparse
+
+        numbers = np.atleast_1d(np.asarray(rows, dtype=np.int64))
+        shards, places = np.divmod(numbers, self._reader.shard_rows)
+        parts, orders = [], []
+        for shard in np.unique(shards):
+            orders.append(np.flatnonzero(shards == shard))
+            parts.append(self.shard(int(shard))[places[orders[-1]]])
+        if not parts:
+            return scipy.sparse.csr_array((0, self.n_features), dtype=np.float32)
+        stacked = scipy.sparse.csr_array(scipy.sparse.vstack(parts, format="csr"))
+        return scipy.sparse.csr_array(stacked[np.argsort(np.concatenate(orders), kind="stable"), :])
+
+
+class Store:
+    """One store, opened for reading: a snapshot of what was there. Use it as a context manager, or close it."""
+
+    def __init__(self, store: str | Path) -> None:
+        """Open a store by path or fsspec URL; read-only, no torch.
+
+        Raises MissingInput, UnsupportedFormat or CorruptStore where it cannot be read.
+        """
+        self.reader = StoreReader(store)
+        self.url = str(store)
+        self.functions = Functions(self.reader)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the index's files."""
+        if "_connection" in self.__dict__:
+            self._connection.close()
+            del self.__dict__["_connection"]
+
+    def __repr__(self) -> str:
+        layout, model = self.reader.layout, self.reader.store.model["identity"]["name"]
+        return f"<actstore {self.url}: {model}, {layout.n_docs} documents, {layout.n_rows} rows>"
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The index's catalog as it was when the store was opened.
+
+        Raises MissingInput where the store was not indexed yet.
+        """
+        location = self.reader.location
+        if not location.exists(f"{INDEX}/CURRENT"):
+            raise MissingInput(
+                explain(f"{self.url} has no index yet", next_step=f"build it: actstore index {self.url}")
+            )
+        return load_catalog(lambda name: location.read(f"{INDEX}/{name}"))
+
+    @cached_property
+    def _connection(self) -> Connection:
+        labels = self.reader.labels()
+        return open_index(self.catalog, self._locate, functions=self.functions.all(), labels=labels)
+
+    def _locate(self, name: str) -> Path:
+        part: Part = next(one for one in self.catalog.parts if one.name == name)
+        return self.reader.location.fetch(f"{INDEX}/{name}", part.sha256)
+
+    def sql(self, text: str, parameters: Parameters = None, *, limit: int | None = None) -> Result:
+        """Return what one SQL statement says; `?` and `$name` are bound from `parameters`.
+
+        Raises QueryError, with DuckDB's own words, where it is wrong or does more than read.
+        """
+        answer = self._connection.sql(text, parameters, limit=limit)
+        return Result(answer.table, answer.truncated)
+
+    def query(self, name: str, parameters: Mapping[str, Any] | None = None, *, limit: int | None = None) -> Result:
+        """Return the answer of a named query.
+
+        Raises UnknownName for an unknown query, SAE or site, QueryError for parameters that do not fit.
+        """
+        query = named_query(name)
+        bound = query.bind(parameters or {})
+        for parameter in query.parameters:
+            if bound[parameter.name] is not None:
+                self._must_exist(parameter.kind, bound[parameter.name])
+        for table, remedy in query.needs:
+            if not len(self.sql(f'SELECT 1 FROM "{table}" LIMIT 1')):
+                raise QueryError(explain(f"The query {name!r} reads {table}, which is empty here", next_step=remedy))
+        return self.sql(query.sql, bound, limit=limit)
+
+    def _must_exist(self, kind: str, value: Any) -> None:
+        """Raise UnknownName where a query is about an SAE, site or document that is not stored."""
+        if kind == "doc" and not 0 <= value < self.reader.layout.n_docs:
+            last = self.reader.layout.n_docs - 1
+            raise UnknownName(explain(f"There is no document {value}", accepted=f"documents 0 to {last}"))
+        if kind in ("sae", "site"):
+            known = [row[kind] for row in self.reader.tables()[f"{kind}s"]]
+            if value not in known:
+                next_step = f"add it: actstore extract MODEL --into STORE --{kind} …"
+                raise unknown_name(f"stored {'SAE' if kind == 'sae' else 'site'}", value, known, next_step=next_step)
+
+    def connect(self) -> duckdb.DuckDBPyConnection:
+        """Return an ordinary DuckDB connection with the store's tables and functions, for JupySQL, marimo and others.
+
+        It is yours: it may read and write files. The store itself is attached read-only.
+        """
+        labels = self.reader.labels()
+        return plain_connection(self.catalog, self._locate, functions=self.functions.all(), labels=labels)
+
+    def __getitem__(self, site: str) -> SiteView:
+        self._must_exist("site", site)
+        return SiteView(self.functions, site)
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the stored sites."""
+        return [row["site"] for row in self.reader.tables()["sites"]]
+
+    @property
+    def saes(self) -> list[str]:
+        """Ids of the stored SAEs."""
+        return [row["sae"] for row in self.reader.tables()["saes"]]
+
+    def activations(self, sae: str) -> Activations:
+        """Return the firings of an SAE as SciPy CSR matrices (row × feature), read a shard at a time."""
+        self._must_exist("sae", sae)
+        width = next(row["width"] for row in self.reader.tables()["saes"] if row["sae"] == sae)
+        return Activations(self.reader, sae, width)
+
+    def lens(self, lens: str = "logit", *, doc: int, k: int = 1) -> Result:
+        """Return the lens of every stored residual site over a document: site, layer, pos, row, rank, token, logprob.
+
+        Computed from the stored residual streams and the kit. Raises UnknownName for another lens or document.
+        """
+        if lens != "logit":
+            raise unknown_name("lens", lens, ["logit"])
+        return self.query("logit_lens", {"doc": doc, "k": k})

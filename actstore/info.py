@@ -1,0 +1,114 @@
+"""What a store is, on one page: corpus, passes, artifacts with their sizes, and the proofs that are not ok."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .api import INDEX, Store
+from .blocks import artifact_of
+from .store import StoreReader
+
+__all__ = ["Description", "describe"]
+
+
+@dataclass(frozen=True)
+class Description:
+    """A store described: rows of the small tables and bytes by artifact."""
+
+    url: str
+    store: Mapping[str, Any]
+    corpus: Mapping[str, int]
+    passes: list[Mapping[str, Any]]
+    sites: list[Mapping[str, Any]]
+    saes: list[Mapping[str, Any]]
+    n_bytes: Mapping[str, int]
+    index: Mapping[str, Any] | None
+    health: list[Mapping[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        revision = f" @ {self.store['revision']}" if self.store["revision"] else ""
+        lines = [f"{self.url}: {self.store['model']}{revision}, made {self.store['created']}"]
+        lines.append("  " + ", ".join(f"{count} {name}" for name, count in self.corpus.items()))
+        lines += [f"pass {one['pass']}: {one['done']} of {one['total']} shards" for one in self.passes]
+        lines += [f"  {name:<44} {count / 1e6:10.1f} MB" for name, count in self.n_bytes.items()]
+        if self.index:
+            lines.append(
+                f"index {self.index['catalog']}: {self.index['n_parts']} parts, {self.index['n_shards']} shards"
+            )
+        else:
+            lines.append(f"no index yet: actstore index {self.url}")
+        return "\n".join([*lines, *self._health()])
+
+    def _health(self) -> list[str]:
+        failed = [check for check in self.health if check["ok"] is False]
+        unproved = [check for check in self.health if check["ok"] is None]
+        lines = [f"health: {len(self.health)} checks, {len(failed)} not ok, {len(unproved)} not proved"]
+        for verdict, checks in (("NOT OK", failed), ("not proved", unproved)):
+            lines += [
+                f"  {verdict}: {one['name']} of {one['subject']} is {one['value']}, expected {one['expected']}"
+                for one in checks
+            ]
+        return lines
+
+
+def describe(store: Store) -> Description:
+    """Return what a store is; reads receipts and catalog, no array."""
+    reader = store.reader
+    tables = reader.tables()
+    layout = reader.layout
+    corpus = {
+        "documents": layout.n_docs,
+        "sequences": layout.n_seqs,
+        "tokens": layout.n_rows,
+        "segments": len(layout.segments),
+        "shards": layout.n_shards,
+    }
+    indexed = reader.location.exists(f"{INDEX}/CURRENT")
+    return Description(
+        url=store.url,
+        store=tables["store"][0],
+        corpus=corpus,
+        passes=[{key: row[key] for key in ("pass", "digest", "done", "total")} for row in tables["passes"]],
+        sites=list(tables["sites"]),
+        saes=list(tables["saes"]),
+        n_bytes={
+            **_artifact_bytes(reader),
+            "kit": _kit_bytes(reader),
+            **({"index": _index_bytes(store)} if indexed else {}),
+        },
+        index=_index(store) if indexed else None,
+        health=list(tables["health"]),
+    )
+
+
+def _artifact_bytes(reader: StoreReader) -> dict[str, int]:
+    """Return bytes on the disk by artifact, as manifests and receipts say."""
+    sizes: dict[str, int] = {}
+    for manifest in reader.corpus_manifests:
+        sizes["corpus"] = sizes.get("corpus", 0) + sum(proof["bytes"] for proof in manifest["files"].values())
+    for pass_id, receipts in reader.receipts.items():
+        for receipt in receipts.values():
+            for path, proof in receipt["files"].items():
+                artifact = artifact_of(path.removeprefix("arrays/"))
+                if reader.layout.artifacts.get(artifact) == pass_id:
+                    sizes[artifact] = sizes.get(artifact, 0) + proof["bytes"]
+    return dict(sorted(sizes.items()))
+
+
+def _kit_bytes(reader: StoreReader) -> int:
+    return sum(reader.location.size(f"kit/{name}") for name in reader.location.names("kit"))
+
+
+def _index_bytes(store: Store) -> int:
+    return sum(part.n_bytes for part in store.catalog.parts)
+
+
+def _index(store: Store) -> dict[str, Any]:
+    shards = {shard for part in store.catalog.select("tokens") for shard in part.shards}
+    return {"catalog": store.catalog.name, "n_parts": len(store.catalog.parts), "n_shards": len(shards)}

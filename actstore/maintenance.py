@@ -1,0 +1,198 @@
+"""What changes a store from outside: extract, index, verify, gc, drop, label."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InvalidInput, MissingInput, StoreBusy, explain, unknown_name
+from .index import Catalog, build_index, find_orphans, gc_index, verify_index
+from .progress import Report, silent
+from .sealed import write_sealed
+from .sites import Site, parse_site
+from .store import StoreReader, StoreWriter, Verification, exclusive, sweep_store, verify_store
+
+if TYPE_CHECKING:
+    from .extraction import Outcome
+
+__all__ = ["collect_garbage", "drop", "extract_and_index", "index", "label", "verify"]
+
+
+def extract_and_index(*, report: Report = silent, with_index: bool = True, **options: Any) -> Outcome:
+    """Extract, then index what is done; another process that indexes already is left to it.
+
+    `options` are the fields of `Request`. Raises ActstoreError for everything that a user can cause.
+    """
+    from .extraction import Request, extract
+
+    for name in ("sites", "saes", "lens_sites"):
+        if isinstance(options.get(name), str):
+            raise InvalidInput(
+                explain(f"{name} is the text {options[name]!r}", accepted="a list", next_step=f"{name}=[…]")
+            )
+        if name in options:
+            options[name] = tuple(options[name])
+    request = Request(**options)
+    outcome = extract(request, report)
+    if with_index and outcome.complete:
+        try:
+            index(request.out, report)
+        except StoreBusy:
+            report("indexing is being done by another process", 0, None, "")
+    return outcome
+
+
+def index(store: Path, report: Report = silent, *, memory_bytes: int = 2 << 30) -> Catalog:
+    """Build or extend the index of a local store from its truth; compacts where an SAE has too many parts.
+
+    Raises StoreBusy where another process published an index meanwhile.
+    """
+    directory = local(store) / "index"
+    directory.mkdir(exist_ok=True)
+    with exclusive(directory, wait_seconds=5):
+        return build_index(
+            StoreReader(store),
+            directory,
+            memory_bytes=memory_bytes,
+            progress=lambda doing, done, total: report(f"indexing {doing}", done, total, ""),
+            lock=_lock_of(store),
+            compact=True,
+        )
+
+
+def _lock_of(store: Path) -> AbstractContextManager[None]:
+    return exclusive(store)
+
+
+def local(store: str | Path) -> Path:
+    """Return a local store's directory.
+
+    Raises MissingInput where there is none, InvalidInput for a URL: only local stores are written.
+    """
+    if "://" in str(store):
+        raise InvalidInput(
+            explain(
+                f"{store} is remote, and this changes the store", accepted="a local directory", next_step="copy it here"
+            )
+        )
+    return StoreWriter.open(Path(store)).root
+
+
+def verify(store: Path, report: Report = silent) -> Verification:
+    """Prove every byte of a local store and of its index; all faults are named at once."""
+    root = Path(store)
+    if not root.is_dir():
+        raise MissingInput(explain(f"There is no store at {root}", accepted="a local directory"))
+    found = verify_store(root, lambda done, total: report("verifying", done, total, "files"))
+    directory = root / "index"
+    if directory.is_dir():
+        found.faults += verify_index(directory)
+        found.orphans += [f"index/{path.name}" for path in find_orphans(directory)]
+    return found
+
+
+def collect_garbage(store: Path) -> list[str]:
+    """Remove what nothing names: unfinished files, dead claims, parts of old catalogs; return their names."""
+    root = local(store)
+    removed = sweep_store(root)
+    if (root / "index").is_dir():
+        removed += [f"index/{name}" for name in gc_index(root / "index", lock=exclusive(root))]
+    return removed
+
+
+def drop(store: Path, artifact: str, report: Report = silent) -> str:
+    """Remove a site, an SAE's firings, predictions or a lens, free its space, and index again; return its name.
+
+    Raises UnknownName where the store does not have it, InvalidInput while its pass is not complete.
+    """
+    root = local(store)
+    writer = StoreWriter.open(root)
+    name = _artifact(artifact, writer)
+    owner = writer.layout.artifacts[name]
+    if len(StoreReader(root).receipts.get(owner, {})) < writer.layout.n_shards:
+        raise InvalidInput(
+            explain(
+                f"{name} belongs to the pass {owner}, which is not complete",
+                next_step="finish the extraction first: run the same command again",
+            )
+        )
+    with exclusive(root):
+        StoreWriter.open(root).drop(name)
+    if (root / "index" / "CURRENT").exists():
+        index(root, report)
+        collect_garbage(root)
+    return name
+
+
+def _artifact(text: str, writer: StoreWriter) -> str:
+    known = [name for name in writer.layout.artifacts if not name.startswith("corpus/")]
+    candidates = (text, f"sites/{text}", f"firings/{text}", f"lens/logit/{text}")
+    found = [name for name in candidates if name in known]
+    if not found and "." in text:
+        found = [name for name in (f"sites/{_canonical(text)}",) if name in known]
+    if not found:
+        raise unknown_name("artifact", text, known, next_step="see what is stored: actstore info STORE")
+    if len(found) > 1:
+        raise InvalidInput(explain(f"{text!r} could be {' or '.join(found)}", next_step="give the whole name"))
+    return found[0]
+
+
+def _canonical(text: str) -> Site | str:
+    try:
+        return parse_site(text)
+    except (InvalidInput, LookupError):
+        return text
+
+
+def label(store: Path, file: Path) -> int:
+    """Name features from a `.csv` or `.jsonl` with the fields sae, feature, label; return how many were named.
+
+    Labels given before are kept unless the file names the same feature. Raises InvalidInput, with the line, for rows
+    that do not fit, UnknownName for an SAE that is not stored.
+    """
+    root = local(store)
+    reader = StoreReader(root)
+    widths = {row["sae"]: row["width"] for row in reader.tables()["saes"]}
+    with exclusive(root):
+        labels: dict[str, dict[str, str]] = {}
+        for sae, feature, text in reader.labels():
+            labels.setdefault(sae, {})[str(feature)] = text
+        n_named = 0
+        for number, row in _label_rows(file):
+            sae, feature, text = _label(row, f"{file}:{number}", widths)
+            labels.setdefault(sae, {})[str(feature)] = text
+            n_named += 1
+        write_sealed(root / "labels.json", {"labels": labels})
+    return n_named
+
+
+def _label_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not file.is_file():
+        raise MissingInput(explain(f"There is no file {file}", accepted="a .csv or .jsonl of sae, feature, label"))
+    with file.open(encoding="utf-8", newline="") as lines:
+        if file.suffix == ".csv":
+            yield from ((number, dict(row)) for number, row in enumerate(csv.DictReader(lines), start=2))
+            return
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                yield number, row if isinstance(row, dict) else {}
+
+
+def _label(row: dict[str, Any], where: str, widths: dict[str, int]) -> tuple[str, int, str]:
+    try:
+        sae, feature, text = str(row["sae"]), int(row["feature"]), str(row["label"])
+    except (KeyError, TypeError, ValueError):
+        raise InvalidInput(explain(f"{where}: {row} is not a label", accepted="fields sae, feature, label")) from None
+    if sae not in widths:
+        raise unknown_name("stored SAE", sae, widths)
+    if not 0 <= feature < widths[sae]:
+        raise InvalidInput(explain(f"{where}: {sae} has no feature {feature}", accepted=f"0 to {widths[sae] - 1}"))
+    return sae, feature, text

@@ -1,0 +1,101 @@
+"""The numbers of a model that its configuration tells, without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from actstore.errors import InvalidInput, explain
+from actstore.sites import KINDS, WITHOUT_LAYER, Site
+
+from .families import Family, Tap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["ITEM_BYTES", "ModelFacts", "facts_from_config", "sites_of"]
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """Sizes of one model; `d_*` are widths, `n_*` are counts."""
+
+    name: str  # hub id, or the folder's own name; never an absolute path
+    architecture: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    vocabulary_size: int
+    final_softcap: float | None
+    norm_eps: float
+    checkpoint_dtype: str
+    n_parameters: int  # tied weights counted once
+
+    def __post_init__(self) -> None:
+        counts = (self.n_layers, self.d_model, self.n_heads, self.n_kv_heads, self.d_head, self.d_mlp)
+        if min(counts) < 1 or self.n_heads % self.n_kv_heads:
+            raise InvalidInput(
+                explain(
+                    f"The configuration of {self.name} is not possible: layers, d_model, heads, key-value heads, "
+                    f"d_head, d_mlp are {counts}",
+                    accepted="positive sizes, with heads a multiple of key-value heads",
+                )
+            )
+
+    @property
+    def query_width(self) -> int:
+        """Width of `z` and `q`: all heads concatenated; it need not equal `d_model`."""
+        return self.n_heads * self.d_head
+
+    @property
+    def kv_width(self) -> int:
+        """Width of `k` and `v`."""
+        return self.n_kv_heads * self.d_head
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in the checkpoint's dtype."""
+        return self.n_parameters * ITEM_BYTES[self.checkpoint_dtype]
+
+    def width(self, tap: Tap) -> int:
+        """Return the width of the tensor that a tap finds."""
+        return int(getattr(self, tap.width))
+
+
+def facts_from_config(config: PreTrainedConfig, family: Family, name: str, n_parameters: int) -> ModelFacts:
+    """Return the facts of a configuration; raises InvalidInput where they make no sense."""
+    d_model, n_heads = int(config.hidden_size), int(config.num_attention_heads)
+    return ModelFacts(
+        name=name,
+        architecture=family.architecture,
+        n_layers=int(config.num_hidden_layers),
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=int(getattr(config, "num_key_value_heads", None) or n_heads),
+        d_head=int(getattr(config, "head_dim", None) or d_model // n_heads),
+        d_mlp=int(getattr(config, family.d_mlp_key)),
+        vocabulary_size=int(config.vocab_size),
+        final_softcap=getattr(config, family.final_softcap_key, None),
+        norm_eps=float(getattr(config, family.norm_eps_key)),
+        checkpoint_dtype=_dtype_name(config, name),
+        n_parameters=n_parameters,
+    )
+
+
+def sites_of(family: Family, facts: ModelFacts) -> tuple[Site, ...]:
+    """Return every site of a model, in forward order."""
+    found = [Site(kind) for kind in KINDS if kind in family.taps and kind in WITHOUT_LAYER]
+    found += [Site(kind, layer) for kind in family.taps if kind not in WITHOUT_LAYER for layer in range(facts.n_layers)]
+    return tuple(sorted(found, key=lambda site: site.depth))
+
+
+def _dtype_name(config: PreTrainedConfig, name: str) -> str:
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
+    if dtype not in ITEM_BYTES:
+        raise InvalidInput(explain(f"The dtype {dtype!r} of {name} is not known", accepted=", ".join(ITEM_BYTES)))
+    return dtype

@@ -1,0 +1,182 @@
+"""A model in memory: what its sites hold during a forward pass, and the weights that lenses need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from actstore.errors import Unhealthy, explain, unknown_name
+from actstore.recipe import ModelIdentity
+from actstore.sites import Site
+
+from .facts import ModelFacts, sites_of
+from .families import Family, Tap
+from .transforms import TRANSFORMS
+from .unembedding import Unembedding
+
+if TYPE_CHECKING:
+    import torch
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+__all__ = ["Deposit", "LoadedModel"]
+
+Deposit = Callable[[Site, "torch.Tensor"], None]
+
+
+class _AllCaptured(Exception):
+    """Raised inside the forward pass when no site is left to wait for; never leaves this module."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A causal language model on one device, in evaluation mode with eager attention.
+
+    Made by `load_model`. Its own weights are shared, not copied, by everything that it returns.
+    """
+
+    facts: ModelFacts
+    identity: ModelIdentity
+    family: Family
+    causal_lm: PreTrainedModel
+    _taps: dict[Site, Tap] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        existing = sites_of(self.family, self.facts)
+        object.__setattr__(self, "_taps", {site: self.family.taps[site.kind] for site in existing})
+
+    @property
+    def device(self) -> torch.device:
+        place: torch.device = self.causal_lm.device
+        return place
+
+    @property
+    def dtype(self) -> str:
+        """The compute dtype's name: "float32" or "bfloat16"."""
+        return str(self.causal_lm.dtype).removeprefix("torch.")
+
+    def sites(self) -> tuple[Site, ...]:
+        """Return every site of the model, in forward order."""
+        return tuple(self._taps)
+
+    def site_width(self, site: Site) -> int:
+        """Return a site's width; raises UnknownName where this model does not have it."""
+        return self.facts.width(self._tap(site))
+
+    def capture(
+        self,
+        token_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        sites: Iterable[Site],
+        deposit: Deposit,
+        *,
+        stop: bool = True,
+    ) -> None:
+        """Run the model over a batch and hand each site's values to `deposit`, once, during the pass.
+
+        token_ids and attention_mask: int64 (batch, position) on the model's device, padded on the right.
+        `deposit(site, values)` gets (batch, position, width) in the compute dtype; padded positions hold garbage. The
+        tensor is the model's own, valid after the call but as large as the batch: copy out of it what is kept.
+        With `stop` the pass ends behind the deepest site. Raises UnknownName for a site that the model does not have.
+        """
+        import torch
+
+        taps = {site: self._tap(site) for site in sites}
+        waiting = set(taps)
+
+        def receive(site: Site, values: torch.Tensor) -> None:
+            assert site in waiting, f"the module of {site} ran twice in one pass"
+            deposit(site, values)
+            waiting.remove(site)
+            if stop and not waiting:
+                raise _AllCaptured
+
+        with torch.no_grad(), self._hooked(taps, receive), suppress(_AllCaptured):
+            self._run(token_ids, attention_mask)
+        if waiting:
+            raise _never_ran(sorted(waiting, key=lambda site: site.depth))
+
+    def unembedding(self) -> Unembedding:
+        """Return final norm, unembedding and soft cap; the weight is the model's own tensor, on its device."""
+        return Unembedding(
+            gain=self._gain(self.family.final_norm),
+            weight=self._weight(self.family.unembedding),
+            softcap=self.facts.final_softcap,
+            norm_eps=self.facts.norm_eps,
+        )
+
+    def attention_output(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a layer's W_O (heads · d_head, d_model), so that z @ W_O is `attn_out_raw`, and the post-norm's gain.
+
+        W_O is in the model's dtype, its rows head after head; the gain is float32 (d_model), or None where the
+        architecture has no norm between `attn_out_raw` and `attn_out`. Raises UnknownName for a layer not there.
+        """
+        self._tap(Site("z", layer))
+        post_norm = self.family.attention_post_norm
+        gain = None if post_norm is None else self._gain(post_norm.format(layer=layer))
+        return self._weight(self.family.attention_output.format(layer=layer)).T, gain
+
+    def _tap(self, site: Site) -> Tap:
+        if site not in self._taps:
+            raise unknown_name("site", str(site), _spans(self.sites()), next_step="choose one that this model has")
+        return self._taps[site]
+
+    def _run(self, token_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+        """Run the model without its head: nothing here needs a (batch, position, vocabulary) tensor."""
+        import torch
+
+        positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand(token_ids.shape)
+        self.causal_lm.base_model(
+            input_ids=token_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        )
+
+    @contextmanager
+    def _hooked(self, taps: dict[Site, Tap], receive: Deposit) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for site, tap in taps.items():
+                module = self.causal_lm.get_submodule(tap.module.format(layer=site.layer))
+                hooks.callback(_hook(module, tap, self._receiver(site, tap, receive)).remove)
+            yield
+
+    def _receiver(self, site: Site, tap: Tap, receive: Deposit) -> Callable[[torch.Tensor], None]:
+        if tap.transform is None:
+            return lambda values: receive(site, values)
+        transform = TRANSFORMS[tap.transform]
+        return lambda values: receive(site, transform(values, self.facts))
+
+    def _weight(self, module: str) -> torch.Tensor:
+        weight: torch.Tensor = self.causal_lm.get_parameter(f"{module}.weight")
+        return weight.detach()
+
+    def _gain(self, module: str) -> torch.Tensor:
+        return self._weight(module).float() + self.family.norm_gain_offset
+
+
+def _hook(module: torch.nn.Module, tap: Tap, receive: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    """Hook one end of a module; the hooks return None, so that they change nothing."""
+
+    def before(_module: Any, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        receive(positional[0] if positional else keywords[tap.keyword])
+
+    def after(_module: Any, _inputs: Any, output: Any) -> None:
+        receive(output[tap.element] if isinstance(output, tuple) else output)
+
+    if tap.end == "input":
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)
+
+
+def _spans(sites: Sequence[Site]) -> list[str]:
+    last = {site.kind: site for site in sites}
+    return [kind if site.layer is None else f"{kind}.0-{site.layer}" for kind, site in last.items()]
+
+
+def _never_ran(sites: Sequence[Site]) -> Unhealthy:
+    return Unhealthy(
+        explain(
+            f"The forward pass ended without reaching {', '.join(map(str, sites))}",
+            next_step="report the model's architecture: its description does not fit this version of transformers",
+        )
+    )

@@ -1,0 +1,168 @@
+"""Load a model so that its numbers are the ones the recipe names: safetensors only, eager attention, no TF32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actstore.errors import InvalidInput, MissingInput, UnsupportedFormat, explain
+from actstore.recipe import COMPUTE_DTYPES, ModelIdentity
+
+from .description import ModelDescription, describe_folder, read_config
+from .digests import digest_of_files
+from .families import family_of
+from .hub import ModelFolder, find_model
+from .in_memory import adopt_model
+from .loaded import LoadedModel
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+__all__ = ["load_model"]
+
+DEVICES = "'auto', 'cpu', 'cuda' or 'cuda:N'"
+
+
+def load_model(
+    source: str | Path | PreTrainedModel,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> LoadedModel:
+    """Return a model ready to be captured: a folder, a hub id, or a transformers model already in memory.
+
+    dtype: "float32" or "bfloat16", by default the checkpoint's. device: "auto" is the GPU where there is one.
+    A model in memory stays where it is and as it is, except that it is put into evaluation mode and eager attention.
+    TF32 is switched off for the whole process.
+    Raises MissingInput, InvalidInput or UnsupportedFormat, as `describe_model`, and InvalidInput for a dtype or device
+    that cannot be used.
+    """
+    _switch_off_tf32()
+    if not isinstance(source, (str, Path)):
+        return adopt_model(source, dtype=dtype, device=device)
+    place = _choose_device(device)
+    folder = find_model(source, revision, weights=True)
+    description = describe_folder(folder)
+    causal_lm = _read_weights(folder, _choose_dtype(description, dtype))
+    return LoadedModel(
+        facts=description.facts,
+        identity=_identity(folder, description),
+        family=family_of(description.facts.architecture, folder.name),
+        causal_lm=causal_lm.to(place).eval(),
+    )
+
+
+def _identity(folder: ModelFolder, description: ModelDescription) -> ModelIdentity:
+    return ModelIdentity(
+        name=folder.name,
+        revision=folder.revision,
+        architecture=description.facts.architecture,
+        config_digest=description.config_digest,
+        weights_digest=digest_of_files(_weight_files(folder)),
+    )
+
+
+def _switch_off_tf32() -> None:
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def _choose_dtype(description: ModelDescription, dtype: str | None) -> str:
+    chosen = dtype or description.facts.checkpoint_dtype
+    if chosen in COMPUTE_DTYPES:
+        return chosen
+    why = ": the residual stream of such models exceeds its largest value, 65,504" if chosen == "float16" else ""
+    whose = "The dtype" if dtype else f"The checkpoint of {description.facts.name} is {chosen}, and the compute dtype"
+    raise InvalidInput(
+        explain(
+            f"{whose} {chosen!r} cannot be used{why}",
+            accepted=" or ".join(COMPUTE_DTYPES),
+            next_step="ask for dtype 'bfloat16', or 'float32' where memory allows",
+        )
+    )
+
+
+def _choose_device(device: str) -> torch.device:
+    import torch
+
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return torch.device("cuda" if n_gpus else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise InvalidInput(explain(f"The device {device!r} is not known", accepted=DEVICES)) from None
+    if place.type not in ("cpu", "cuda") or (place.type == "cuda" and (place.index or 0) >= n_gpus):
+        raise InvalidInput(
+            explain(f"The device {device!r} is not available ({n_gpus} GPUs are visible)", accepted=DEVICES)
+        )
+    return place
+
+
+def _weight_files(folder: ModelFolder) -> list[Path]:
+    return sorted(folder.path.glob("*.safetensors"))
+
+
+def _read_weights(folder: ModelFolder, dtype: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not _weight_files(folder):
+        raise _no_weights(folder)
+    try:
+        causal_lm, report = AutoModelForCausalLM.from_pretrained(
+            folder.path,
+            config=read_config(folder),
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager",
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, with their names
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # damaged files surface as many kinds
+        raise InvalidInput(
+            explain(f"The weights of {folder.name} cannot be read: {error}", next_step="fetch the model again")
+        ) from error
+    _refuse_misfits(folder, report)
+    return causal_lm
+
+
+def _refuse_misfits(folder: ModelFolder, report: dict[str, Any]) -> None:
+    """Refuse what transformers only warns of: it fills a missing tensor with random numbers."""
+    faults = [
+        f"{len(report[key])} {what} ({', '.join(sorted(map(str, report[key]))[:5])}…)"
+        for key, what in (
+            ("missing_keys", "tensors are missing"),
+            ("unexpected_keys", "tensors have no place in the model"),
+            ("mismatched_keys", "tensors have another shape"),
+        )
+        if report[key]
+    ]
+    if faults:
+        raise InvalidInput(
+            explain(
+                f"The weights of {folder.name} do not fit its config.json: {'; '.join(faults)}",
+                next_step="fetch the model again",
+            )
+        )
+
+
+def _no_weights(folder: ModelFolder) -> Exception:
+    others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.path.glob(pattern))
+    if others:
+        return UnsupportedFormat(
+            explain(
+                f"The weights of {folder.name} are in {', '.join(others[:3])}, which can run code when opened",
+                accepted="*.safetensors",
+                next_step="convert them: load the model where you trust it and `save_pretrained` it",
+            )
+        )
+    return MissingInput(
+        explain(f"The folder of {folder.name} has no weights", accepted="*.safetensors beside config.json")
+    )

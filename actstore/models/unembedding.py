@@ -1,0 +1,65 @@
+"""From a residual stream to logits: the final norm, the unembedding and the soft cap, as plain values.
+
+What lenses need of a model; the kit of a store holds the same numbers, so they work without the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from actstore.errors import InvalidInput, explain
+
+from .transforms import rms_normalized
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Unembedding", "logits"]
+
+# Vocabulary rows that are widened to float32 at once, where the device cannot multiply into float32.
+_WIDENED_ROWS = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class Unembedding:
+    """Final norm, unembedding and soft cap.
+
+    gain float32 (d_model): the effective one, 1 + weight for Gemma; weight (vocabulary, d_model) in the model's dtype.
+    """
+
+    gain: torch.Tensor
+    weight: torch.Tensor
+    softcap: float | None
+    norm_eps: float
+    norm: Literal["rms"] = "rms"
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2 or tuple(self.gain.shape) != (self.weight.shape[1],):
+            raise InvalidInput(explain(f"gain {tuple(self.gain.shape)} and weight {tuple(self.weight.shape)} disagree"))
+
+
+def logits(unembedding: Unembedding, resid_rows: torch.Tensor) -> torch.Tensor:
+    """Return the logits of residual-stream rows: (row, d_model) of any float dtype → float32 (row, vocabulary).
+
+    logits = cap · tanh(U · norm(x) / cap). Norm and cap are computed in float32; the normalised rows are rounded to
+    the weight's dtype, as the model does, and multiplied with a float32 result.
+    """
+    import torch
+
+    with torch.no_grad():
+        normed = rms_normalized(resid_rows.float(), unembedding.norm_eps) * unembedding.gain
+        raw = _product(normed.to(unembedding.weight.dtype), unembedding.weight)
+        cap = unembedding.softcap
+        return raw if cap is None else raw.div_(cap).tanh_().mul_(cap)
+
+
+def _product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    if weight.dtype == torch.float32:
+        return rows @ weight.T
+    if weight.is_cuda:
+        return torch.mm(rows, weight.T, out_dtype=torch.float32)
+    wide = rows.float()
+    return torch.cat([wide @ part.float().T for part in torch.split(weight, _WIDENED_ROWS)], dim=1)

@@ -1,0 +1,167 @@
+"""Named queries: one question a file in `queries/`, its comment the documentation, its parameters declared and bound.
+
+    -- The strongest firings of a feature, each in its context.
+    --
+    -- :sae      sae              the SAE's id
+    -- :k        integer = 20     how many
+    SELECT …  $sae … $k
+
+A line `:name type [= default] text` declares a parameter; `:needs artifact text` what a store must have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from .errors import InvalidInput, QueryError, explain, unknown_name
+
+__all__ = ["NamedQuery", "Parameter", "load_queries", "named_query", "parse_query"]
+
+_DECLARED = re.compile(r":(\w+)\s+(\w+)(?:\s*=\s*(\S+))?\s{2,}(.+)")
+_USED = re.compile(r"\$(\w+)")
+_TYPES: dict[str, type] = {
+    "text": str,
+    "integer": int,
+    "number": float,
+    "boolean": bool,
+    "sae": str,
+    "site": str,
+    "doc": int,
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A declared parameter; without a default it must be given."""
+
+    name: str
+    kind: str  # "text", "integer", "number", "boolean", or "sae", "site", "doc": one that is stored
+    default: Any
+    required: bool
+    help: str
+
+    def parse(self, value: Any) -> Any:
+        """Return a value as the parameter's type; text is converted, as it comes from a command line.
+
+        Raises QueryError for a value of another type.
+        """
+        wanted = _TYPES[self.kind]
+        if value is None and not self.required:
+            return None
+        try:
+            if isinstance(value, bool) != (wanted is bool) and not isinstance(value, str):
+                raise ValueError
+            if wanted is bool and isinstance(value, str):
+                return {"true": True, "false": False}[value.lower()]
+            if isinstance(value, float) and wanted is int and not value.is_integer():
+                raise ValueError
+            if wanted is str and not isinstance(value, str):
+                raise ValueError
+            return wanted(value)
+        except (ValueError, TypeError, KeyError):
+            raise QueryError(
+                explain(f"The parameter {self.name!r} is {value!r}", accepted=f"{self.kind}: {self.help}")
+            ) from None
+
+
+@dataclass(frozen=True)
+class NamedQuery:
+    """One file of `queries/`."""
+
+    name: str
+    summary: str
+    text: str  # the rest of the documentation
+    parameters: tuple[Parameter, ...]
+    needs: tuple[tuple[str, str], ...]  # (table that must have rows, what to do)
+    sql: str
+
+    def bind(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the value of every parameter.
+
+        Raises QueryError for one that is missing, unknown or of another type.
+        """
+        names = [parameter.name for parameter in self.parameters]
+        for name in given:
+            if name not in names:
+                raise QueryError(str(unknown_name(f"parameter of {self.name!r}", name, names)))
+        missing = [one for one in self.parameters if one.required and one.name not in given]
+        if missing:
+            wanted = "; ".join(f"{one.name} ({one.kind}: {one.help})" for one in missing)
+            raise QueryError(
+                explain(
+                    f"The query {self.name!r} needs {wanted}",
+                    next_step=f"actstore query STORE {self.name} " + " ".join(f"-p {one.name}=…" for one in missing),
+                )
+            )
+        return {one.name: one.parse(given.get(one.name, one.default)) for one in self.parameters}
+
+
+def named_query(name: str) -> NamedQuery:
+    """Return the query with this name; raises UnknownName, offering the nearest, where there is none."""
+    queries = load_queries()
+    if name not in queries:
+        raise unknown_name("query", name, queries, next_step="list them: actstore queries")
+    return queries[name]
+
+
+@cache
+def load_queries() -> dict[str, NamedQuery]:
+    """Return every query that is installed, by name."""
+    found = sorted((file for file in files("actstore.queries").iterdir() if file.name.endswith(".sql")), key=str)
+    return {file.name[:-4]: parse_query(file.name, file.read_text(encoding="utf-8")) for file in found}
+
+
+def parse_query(file: str, source: str) -> NamedQuery:
+    """Return the query that a file's text declares.
+
+    Raises InvalidInput, naming file and line, for a parameter that is undeclared, unused or badly declared.
+    """
+    lines = source.splitlines()
+    n_comments = next((number for number, line in enumerate(lines) if not line.startswith("--")), len(lines))
+    comments = [line[2:].strip() for line in lines[:n_comments]]
+    sql = "\n".join(lines[n_comments:]).strip()
+    declared, needs, prose = _declarations(file, comments)
+    if not prose or not prose[0] or not sql:
+        raise InvalidInput(explain(f"{file}:1: a query needs a first line that says what it answers, and SQL"))
+    _check_use(file, declared, sql, lines)
+    text = "\n".join(prose[1:]).strip()
+    return NamedQuery(file.removesuffix(".sql"), prose[0], text, tuple(declared), tuple(needs), sql)
+
+
+def _declarations(file: str, comments: list[str]) -> tuple[list[Parameter], list[tuple[str, str]], list[str]]:
+    declared: list[Parameter] = []
+    needs: list[tuple[str, str]] = []
+    prose: list[str] = []
+    for number, comment in enumerate(comments, start=1):
+        if not comment.startswith(":"):
+            prose.append(comment)
+            continue
+        match = _DECLARED.fullmatch(comment)
+        if match and match[1] == "needs":
+            needs.append((match[2], match[4]))
+        elif match and match[2] in _TYPES:
+            declared.append(_parameter(*match.groups()))
+        else:
+            accepted = f":name type [= default]  text, with a type of {', '.join(_TYPES)}"
+            raise InvalidInput(explain(f"{file}:{number}: cannot read {comment!r}", accepted=accepted))
+    return declared, needs, prose
+
+
+def _parameter(name: str, kind: str, default: str | None, text: str) -> Parameter:
+    bare = Parameter(name, kind, None, default is None, text)
+    value = None if default in (None, "null") else bare.parse(default)
+    return Parameter(name, kind, value, default is None, text)
+
+
+def _check_use(file: str, declared: list[Parameter], sql: str, lines: list[str]) -> None:
+    names, used = {one.name for one in declared}, set(_USED.findall(sql))
+    for name in sorted(names ^ used):
+        mark = f"${name}" if name in used else f":{name}"
+        number = next(n for n, line in enumerate(lines, start=1) if mark in line)
+        what = "is used and not declared" if name in used else "is declared and not used"
+        raise InvalidInput(explain(f"{file}:{number}: the parameter {name!r} {what}"))

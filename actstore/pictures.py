@@ -1,0 +1,45 @@
+"""Pictures made of text: the logit lens, layer × position, as a terminal shows it."""
+
+from __future__ import annotations
+
+import math
+
+from .results import Result
+
+__all__ = ["lens_grid"]
+
+CELL = 11  # characters of a token
+SHADES = " ░▒▓█"  # probability in fifths: readable without colour
+
+
+def lens_grid(result: Result, *, first: int = 0, last: int | None = None) -> str:
+    """Return the answer of the query `logit_lens` as a grid: a line per site, deepest on top, a column per position.
+
+    Each cell has the likeliest next token and a shade for its probability, in fifths.
+    """
+    rows = [
+        row
+        for row in result.rows()
+        if row["rank"] == 1 and first <= row["pos"] and (last is None or row["pos"] <= last)
+    ]
+    layers = {row["site"]: row["layer"] for row in rows}
+    positions = sorted({(row["row"], row["pos"], row["input"]) for row in rows})
+    cells = {(row["site"], row["row"]): _cell(row["token"], row["logprob"]) for row in rows}
+    margin = max([len(site) for site in layers] + [5])
+    lines = [f"{'input':>{margin}}  " + " ".join(_token(text).ljust(CELL) for _, _, text in positions)]
+    for site in sorted(layers, key=lambda one: (layers[one], one), reverse=True):
+        lines.append(f"{site:>{margin}}  " + " ".join(cells.get((site, row), " " * CELL) for row, _, _ in positions))
+    legend = "probability of the top token: " + " ".join(
+        f"{shade!r} from {20 * step} %" for step, shade in enumerate(SHADES)
+    )
+    return "\n".join([*lines, legend])
+
+
+def _cell(token: str, logprob: float) -> str:
+    shade = SHADES[min(len(SHADES) - 1, int(math.exp(logprob) * len(SHADES)))]
+    return f"{_token(token)[: CELL - 2]:<{CELL - 2}} {shade}"
+
+
+def _token(text: str) -> str:
+    shown = text.replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(one if one.isprintable() else "�" for one in shown)[:CELL]

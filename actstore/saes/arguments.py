@@ -1,0 +1,125 @@
+"""`[ID=]SOURCE[@SITE]`, as users write it, to SAEs with an id, a site and a place.
+
+SOURCE is a local `params.npz`, a folder with one or with several below it, a glob of such, or `owner/repo/path` on the
+hub. A last part `canonical` takes the SAE whose average L0 is nearest 100. A local path wins over a hub path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from actstore.errors import InvalidInput, explain
+from actstore.sites import Site, parse_site
+
+from .names import SaeName, fallback_id, read_name
+from .places import Place, find_places
+
+__all__ = ["ResolvedSae", "SaeArgument", "expand_sae_arguments", "parse_sae_argument"]
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_WITH_ID = re.compile(rf"({_ID.pattern})=(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class SaeArgument:
+    """One argument, taken apart and not yet looked up."""
+
+    source: str
+    id: str | None = None
+    site: Site | None = None
+
+
+@dataclass(frozen=True)
+class ResolvedSae:
+    """One SAE: what it is called in the store, which site it reads, where its file is."""
+
+    sae: str
+    site: Site
+    place: Place
+    name: SaeName | None  # what its path says, where it is named like Gemma Scope's
+
+    def __post_init__(self) -> None:
+        if not _ID.fullmatch(self.sae):
+            raise InvalidInput(
+                explain(
+                    f"The SAE id {self.sae!r} cannot be used", accepted="letters, digits, '.', '_', '-', at most 128"
+                )
+            )
+
+
+def parse_sae_argument(text: str) -> SaeArgument:
+    """Take `[ID=]SOURCE[@SITE]` apart; a local path that contains = or @ is a SOURCE as a whole.
+
+    Raises InvalidInput or UnknownName for a SITE that is none, InvalidInput for an empty SOURCE.
+    """
+    if Path(text).expanduser().exists() and text:
+        return SaeArgument(text)
+    with_id = _WITH_ID.fullmatch(text)
+    sae, rest = (with_id[1], with_id[2]) if with_id else (None, text)
+    source, _, site = rest.rpartition("@") if "@" in rest else (rest, "", "")
+    if not source:
+        raise InvalidInput(explain(f"The SAE {text!r} has no source", accepted="[ID=]SOURCE[@SITE]"))
+    return SaeArgument(source, sae, parse_site(site) if "@" in rest else None)
+
+
+def expand_sae_arguments(arguments: Sequence[str]) -> list[ResolvedSae]:
+    """Return the SAEs that the arguments name: those of one argument in order of their path's numbers.
+
+    Reads no weights and downloads nothing; only `canonical` and globs on the hub ask it for a listing.
+    Raises MissingInput where nothing is there, InvalidInput for a site that is unknown or contradicts the path and for
+    an id that is used twice, UnsupportedFormat for formats that are not read.
+    """
+    found = [sae for text in arguments for sae in _expand(parse_sae_argument(text))]
+    ids = [sae.sae for sae in found]
+    if twice := sorted({sae for sae in ids if ids.count(sae) > 1}):
+        places = ", ".join(str(sae.place) for sae in found if sae.sae == twice[0])
+        raise InvalidInput(
+            explain(
+                f"The SAE id {twice[0]!r} is given twice, by {places}",
+                accepted="ids that differ",
+                next_step="name one of them yourself: ANOTHER_ID=SOURCE",
+            )
+        )
+    return found
+
+
+def _expand(argument: SaeArgument) -> list[ResolvedSae]:
+    places = find_places(argument.source)
+    if argument.id and len(places) > 1:
+        raise InvalidInput(
+            explain(
+                f"{argument.source} names {len(places)} SAEs, and there is one id {argument.id!r} for them",
+                next_step="leave the id out, or give one argument per SAE",
+            )
+        )
+    return [_resolve(argument, place) for place in places]
+
+
+def _resolve(argument: SaeArgument, place: Place) -> ResolvedSae:
+    name = read_name(place.folder, canonical=place.canonical)
+    site = _site(argument, place, name.site if name else None)
+    sae = argument.id or (name.id if name and name.site == site else fallback_id(site, place.folder))
+    return ResolvedSae(sae, site, place, name)
+
+
+def _site(argument: SaeArgument, place: Place, by_path: Site | None) -> Site:
+    if argument.site and by_path and argument.site != by_path:
+        raise InvalidInput(
+            explain(
+                f"{place} reads {by_path} by its path, and {argument.site} by '@{argument.site}'",
+                next_step=f"leave '@{argument.site}' out, or give a path that does not say another site",
+            )
+        )
+    site = argument.site or by_path
+    if site is None:
+        raise InvalidInput(
+            explain(
+                f"Nothing says which site the SAE {place} reads",
+                accepted="a release that ends in -res, -att or -mlp, or a site behind '@'",
+                next_step=f"add the site: {argument.source}@resid_post.12",
+            )
+        )
+    return site

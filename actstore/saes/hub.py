@@ -1,0 +1,78 @@
+"""SAEs on the hub: one file fetched through its cache, the listing of a release; errors translated here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from actstore.errors import MissingInput, explain
+
+__all__ = ["FetchedFile", "fetch_file", "list_release"]
+
+
+@dataclass(frozen=True)
+class FetchedFile:
+    """A file on this machine, and the commit that it is of."""
+
+    path: Path
+    revision: str | None  # commit on the hub; None for a file of this machine
+
+
+def fetch_file(repository: str, path: str) -> FetchedFile:
+    """Return one file of a repository, downloaded unless it is in the cache; raises MissingInput where it cannot."""
+    from huggingface_hub import hf_hub_download
+
+    with _translated(repository, path):
+        local = Path(hf_hub_download(repository, path))
+    return FetchedFile(local, local.parents[path.count("/")].name)
+
+
+def list_release(repository: str) -> list[str]:
+    """Return the paths of all files of a repository; raises MissingInput where the hub cannot be asked."""
+    from huggingface_hub import list_repo_files
+
+    with _translated(repository, "its list of files"):
+        return list(list_repo_files(repository))
+
+
+@contextmanager
+def _translated(repository: str, wanted: str) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise MissingInput(
+            explain(
+                f"The repository {repository} is gated, and this machine is not allowed to read it",
+                next_step=f"accept its terms at https://huggingface.co/{repository}, then run `hf auth login`",
+            )
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise MissingInput(
+            explain(f"There is neither a local path nor a hub repository {repository}", next_step="check the spelling")
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise _out_of_reach(repository, wanted, error) from error
+    except errors.EntryNotFoundError as error:
+        raise MissingInput(
+            explain(
+                f"The repository {repository} has no {wanted}",
+                next_step="end the path in 'canonical' to take the SAE whose average L0 is nearest 100",
+            )
+        ) from error
+    except OSError as error:
+        raise _out_of_reach(repository, wanted, error) from error
+
+
+def _out_of_reach(repository: str, wanted: str, error: Exception) -> MissingInput:
+    return MissingInput(
+        explain(
+            f"{wanted} of {repository} is not in the hub's cache, and the hub could not be asked "
+            f"({type(error).__name__})",
+            next_step="where there is a connection run `hf download` for it, or give a local folder; offline, "
+            "'canonical' and globs work on local folders only",
+        )
+    )

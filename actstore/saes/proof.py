@@ -1,0 +1,119 @@
+"""Proof that an SAE reads the site it claims, from the first plain rows of a run.
+
+FVU, the fraction of variance unexplained, is Σ‖x − x_hat‖² / Σ‖x − mean‖² with the rows' mean per dimension. Nothing
+raises when an SAE is fed the wrong tensor, but its FVU says so: it explains its own site and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actstore.errors import InvalidInput, explain
+from actstore.health import HealthCheck
+from actstore.sites import Site, parse_site
+
+from .encoder import SaeEncoder
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ROWS_NEEDED", "WINS_BELOW", "compete", "sae_health"]
+
+ROWS_NEEDED = 1024  # with fewer plain rows nothing is proved
+WINS_BELOW = 0.95  # another site wins with less than this share of the declared site's FVU
+L0_FACTOR = 3.0  # L0 follows the text; a wrong site is off by far more (7 for 34, 2 for 23, thousands for 50)
+NORM_TOLERANCE = 0.01  # decoder rows are trained to norm 1
+_TILE_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How well an SAE explains some rows."""
+
+    fvu: float  # NaN where the rows do not vary
+    mean_l0: float
+    dead_share: float  # features that fired nowhere
+
+
+def sae_health(encoder: SaeEncoder, plain_rows: torch.Tensor) -> list[HealthCheck]:
+    """Return what can be said of an SAE at its site: rows (row, d_in) of any float dtype, plain rows only.
+
+    FVU below 1, mean L0 within a factor of 3 of the declared one, some feature alive, all rows finite; decoder rows of
+    norm 1 and positive thresholds, from the weights alone. With fewer than 1,024 rows `ok` is None where it
+    depends on them. Decides nothing: the caller refuses what is not ok.
+    """
+    coder, sae = encoder.coder, encoder.coder.identity.sae
+    fit = _fit(encoder, plain_rows)
+    declared = coder.identity.declared_l0
+    norm_error = float(np.abs(np.linalg.norm(coder.w_dec, axis=1) - 1).max())
+    lowest = float(coder.threshold.min())
+    n_broken = int((~plain_rows.isfinite()).any(dim=1).sum())
+    proved = len(plain_rows) >= ROWS_NEEDED
+
+    def by_rows(name: str, value: float, expected: str, ok: bool) -> HealthCheck:
+        return HealthCheck(name, sae, value, expected, ok if proved else None)
+
+    checks = [
+        HealthCheck("sae_finite_rows", sae, float(n_broken), "0 rows with NaN or infinity", n_broken == 0),
+        by_rows("sae_fvu", fit.fvu, "at most 1", fit.fvu <= 1),
+        by_rows("sae_dead_share", fit.dead_share, "below 1", fit.dead_share < 1),
+        HealthCheck("sae_decoder_norm", sae, norm_error, f"within {NORM_TOLERANCE} of 1", norm_error <= NORM_TOLERANCE),
+        HealthCheck("sae_threshold", sae, lowest, "above 0", lowest > 0),
+    ]
+    if declared is not None:
+        near = declared / L0_FACTOR <= fit.mean_l0 <= declared * L0_FACTOR
+        checks.append(by_rows("sae_l0", fit.mean_l0, f"{declared:g} within a factor of {L0_FACTOR:g}", near))
+    return checks
+
+
+def compete(encoder: SaeEncoder, candidates: Mapping[Site, torch.Tensor]) -> list[HealthCheck]:
+    """Return the FVU of an SAE at every candidate site, its own among them: (row, d_in) of the same plain rows each.
+
+    Not ok is a site that beats the declared one by more than 5 %, and the declared one where its FVU exceeds 1 or
+    it is beaten; the message names the better site. With fewer than 1,024 rows `ok` is None.
+    Raises InvalidInput where the declared site is not among the candidates.
+    """
+    declared = parse_site(encoder.coder.identity.site)
+    if declared not in candidates:
+        raise InvalidInput(explain(f"The declared site {declared} is not among the candidates", accepted=str(declared)))
+    fvus = {site: _fit(encoder, rows).fvu for site, rows in candidates.items()}
+    proved = len(candidates[declared]) >= ROWS_NEEDED
+    return [_verdict(encoder, declared, site, fvus, proved) for site in fvus]
+
+
+def _verdict(encoder: SaeEncoder, declared: Site, site: Site, fvus: Mapping[Site, float], proved: bool) -> HealthCheck:
+    subject, bar = f"{encoder.coder.identity.sae} @ {site}", WINS_BELOW * fvus[declared]
+    if site != declared:
+        expected, ok = f"at least {bar:.4g}, as {declared} is declared", not fvus[site] < bar
+    else:
+        better = min((other for other in fvus if fvus[other] < bar), key=lambda other: fvus[other], default=None)
+        beaten = f"; {better} explains it better (FVU {fvus[better]:.4g})" if better else ""
+        expected, ok = f"at most 1, and the lowest of all sites by 5 %{beaten}", fvus[site] <= 1 and better is None
+    return HealthCheck("sae_site", subject, fvus[site], expected, ok if proved else None)
+
+
+def _fit(encoder: SaeEncoder, rows: torch.Tensor) -> _Fit:
+    import torch
+
+    if not len(rows):
+        return _Fit(float("nan"), float("nan"), 1.0)
+    mean = rows.double().mean(dim=0)
+    alive = torch.zeros(encoder.coder.d_sae, dtype=torch.bool, device=encoder.device)
+    unexplained = variance = firings = 0.0
+    for tile in _tiles(rows):
+        encoded = encoder.encode(tile)
+        alive[encoded.features.long()] = True
+        firings += float(encoded.reconstruction[:, 0].double().sum())
+        unexplained += float(encoded.reconstruction[:, 2].double().pow(2).sum())
+        variance += float((tile.double() - mean).pow(2).sum())
+    fvu = unexplained / variance if variance else float("nan")
+    return _Fit(fvu, firings / len(rows), 1 - float(alive.float().mean()))
+
+
+def _tiles(rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    for start in range(0, len(rows), _TILE_ROWS):
+        yield rows[start : start + _TILE_ROWS]

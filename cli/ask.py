@@ -1,0 +1,138 @@
+"""Asking: sql, query, queries, and the three headline questions lens, top, stats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+import actstore
+from actstore.errors import QueryError, explain
+from actstore.info import describe
+from actstore.named import load_queries
+from actstore.pictures import lens_grid
+
+from .output import FORMATS, json_option, print_json, print_result, store_argument
+
+__all__ = ["info", "lens", "queries", "query", "sql", "stats", "top"]
+
+format_option = click.option("--format", "form", type=click.Choice(FORMATS), default="table", show_default=True)
+output_option = click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write to a file.")
+
+
+def _form(as_json: bool, form: str = "table") -> str:
+    return "json" if as_json else form
+
+
+@click.command()
+@store_argument
+@click.argument("statement")
+@format_option
+@output_option
+@click.option("--limit", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows at most.")
+@json_option
+def sql(store: str, statement: str, form: str, output: Path | None, limit: int, as_json: bool) -> None:
+    """Ask STORE one SQL question; `SHOW TABLES` lists what there is to ask."""
+    with actstore.open(store) as opened:
+        print_result(opened.sql(statement, limit=limit), _form(as_json, form), output)
+
+
+@click.command()
+@store_argument
+@click.argument("name")
+@click.option("-p", "--parameter", "given", multiple=True, metavar="KEY=VALUE", help="A parameter of the query.")
+@format_option
+@output_option
+@click.option("--limit", type=click.IntRange(min=1), default=10_000, show_default=True, help="Rows at most.")
+@json_option
+def query(
+    store: str, name: str, given: tuple[str, ...], form: str, output: Path | None, limit: int, as_json: bool
+) -> None:
+    """Ask STORE a named query; `actstore queries` lists them with their parameters."""
+    with actstore.open(store) as opened:
+        print_result(opened.query(name, _parameters(given), limit=limit), _form(as_json, form), output)
+
+
+def _parameters(given: tuple[str, ...]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in given]
+    for text, (name, equals, _) in zip(given, pairs, strict=True):
+        if not name or not equals:
+            raise QueryError(explain(f"The parameter {text!r} cannot be read", accepted="-p key=value"))
+    return {name: value for name, _, value in pairs}
+
+
+@click.command()
+@click.argument("name", required=False)
+@json_option
+def queries(name: str | None, as_json: bool) -> None:
+    """List the named queries, or show one with its parameters and SQL."""
+    from actstore.named import named_query
+
+    shown = [named_query(name)] if name else list(load_queries().values())
+    if as_json:
+        print_json([{**vars(one), "parameters": [vars(each) for each in one.parameters]} for one in shown])
+        return
+    for one in shown:
+        click.echo(f"{one.name}: {one.summary}")
+        for each in one.parameters:
+            default = "needed" if each.required else f"default {each.default}"
+            click.echo(f"    {each.name:<14} {each.kind:<9} {default:<15} {each.help}")
+        if name:
+            click.echo(f"\n{one.text}\n\n{one.sql}")
+
+
+@click.command()
+@store_argument
+@click.option("--doc", type=int, required=True, help="The document.")
+@click.option("-k", type=int, default=1, show_default=True, help="Tokens per site and position.")
+@click.option("--sites", default="resid_post.*", show_default=True, help="Which sites, as a pattern.")
+@click.option("--first", type=int, default=0, show_default=True, help="First position shown.")
+@click.option("--last", type=int, help="Last position shown.")
+@json_option
+def lens(store: str, doc: int, k: int, sites: str, first: int, last: int | None, as_json: bool) -> None:
+    """What each layer would predict at each token of a document of STORE: the logit lens."""
+    with actstore.open(store) as opened:
+        result = opened.query("logit_lens", {"doc": doc, "k": k, "sites": sites})
+    if as_json or k > 1:
+        print_result(result, _form(as_json))
+    else:
+        click.echo(lens_grid(result, first=first, last=last))
+
+
+@click.command()
+@store_argument
+@click.argument("sae")
+@click.argument("feature", type=int)
+@click.option("-k", type=int, default=20, show_default=True, help="How many.")
+@click.option("--per-document", type=int, default=0, show_default=True, help="At most so many of a document; 0: all.")
+@json_option
+def top(store: str, sae: str, feature: int, as_json: bool, **options: Any) -> None:
+    """The strongest firings of an SAE's FEATURE in STORE, each in its context."""
+    with actstore.open(store) as opened:
+        print_result(opened.query("max_activating", {"sae": sae, "feature": feature, **options}), _form(as_json))
+
+
+@click.command()
+@store_argument
+@click.argument("sae")
+@click.option("--feature", type=int, help="One feature only.")
+@click.option("-k", type=int, default=20, show_default=True, help="How many.")
+@json_option
+def stats(store: str, sae: str, feature: int | None, k: int, as_json: bool) -> None:
+    """How often and how strongly features of an SAE fire, and how many never do."""
+    with actstore.open(store) as opened:
+        print_result(opened.query("feature_stats", {"sae": sae, "feature": feature, "k": k}), _form(as_json))
+
+
+@click.command()
+@store_argument
+@json_option
+def info(store: str, as_json: bool) -> None:
+    """What is in STORE: corpus, passes, sites, SAEs, sizes, and every proof that is not ok."""
+    with actstore.open(store) as opened:
+        described = describe(opened)
+    if as_json:
+        print_json(described.to_json())
+    else:
+        click.echo(str(described))

@@ -1,0 +1,37 @@
+"""`actstore demo`: the embedded world, extracted and asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import actstore
+
+from .output import progress
+
+__all__ = ["demo"]
+
+
+@click.command()
+@click.argument("directory", default="demo.act", type=click.Path(path_type=Path))
+def demo(directory: Path) -> None:
+    """Extract the embedded model over the embedded dataset into DIRECTORY and print the three headline answers."""
+    from actstore.demo import assets, demo_answers, extract_demo
+
+    click.echo(
+        f"Running the embedded model with {len(assets().saes)} SAEs over the embedded dataset into {directory} …"
+    )
+    with progress() as report:
+        outcome = extract_demo(directory, report)
+    click.echo(f"{outcome.n_rows_made} tokens in {outcome.seconds:.1f} s. From here on, no model is needed.")
+    with actstore.open(directory) as store:
+        for answer in demo_answers(store):
+            click.secho(f"\n{answer.title}\n", bold=True)
+            click.echo(answer.text)
+            click.echo("\n" + "\n".join(f"  $ {command}" for command in answer.commands))
+    click.echo(
+        f"\nNext:\n  $ actstore info {directory}\n  $ actstore queries\n"
+        f"  $ actstore query {directory} surprising_tokens -p k=10\n"
+        f"  $ actstore sql {directory} 'SHOW TABLES'"
+    )

@@ -1,0 +1,116 @@
+"""`actstore extract`: options to one request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from actstore.errors import InvalidInput, explain
+
+from .output import bytes_text, print_json, progress
+
+__all__ = ["extract"]
+
+EXAMPLES = """\b
+Examples:
+  actstore extract google/gemma-2-2b texts.jsonl --out gemma.act --site 'resid_post.*'
+  actstore extract google/gemma-2-2b texts.jsonl --out gemma.act \\
+      --sae google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71
+  actstore extract google/gemma-2-2b --into gemma.act --site z.5"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("model")
+@click.argument("dataset", required=False)
+@click.option("--out", type=click.Path(path_type=Path), help="The store to make, or to resume.")
+@click.option(
+    "--into", type=click.Path(path_type=Path), help="Add a pass to this store: more sites or SAEs over its corpus."
+)
+@click.option("--append", metavar="DATASET", help="Add documents to the store in --out, as a new segment.")
+@click.option("--site", "sites", multiple=True, metavar="SITE", help="Store a site: resid_post.20, z.0-5, 'mlp_out.*'.")
+@click.option(
+    "--sae", "saes", multiple=True, metavar="[ID=]SOURCE[@SITE]", help="Store an SAE's firings; globs allowed."
+)
+@click.option("--lens", "lens_k", type=int, default=0, metavar="K", help="Store the logit lens' K likeliest tokens.")
+@click.option("--lens-site", "lens_sites", multiple=True, metavar="SITE", help="Where the lens reads [resid_post.*].")
+@click.option("--predictions/--no-predictions", default=None, help="Store the model's own next-token result [yes].")
+@click.option("--context", type=int, help="Tokens of a window, BOS included [1024].")
+@click.option("--stride", type=int, help="Tokens between the beginnings of windows [context - 1: no overlap].")
+@click.option("--max-tokens", type=int, help="Stop after the document that reaches so many tokens.")
+@click.option("--text-field", default="text", show_default=True, help="Field of the dataset that holds the text.")
+@click.option("--config", "dataset_config", help="Configuration of a hub dataset.")
+@click.option("--split", "dataset_split", help="Split of a hub dataset.")
+@click.option("--revision", help="Commit, tag or branch of a hub model.")
+@click.option("--tokenizer", help="Tokenizer's hub id or folder [the model's own].")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute dtype [the checkpoint's]."
+)
+@click.option(
+    "--storage-dtype", type=click.Choice(["float32", "bfloat16"]), help="Dtype of stored sites [as computed]."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--activation-bits", type=int, default=10, show_default=True, help="Mantissa bits kept of activations.")
+@click.option("--encode-special", is_flag=True, help="List firings of BOS and other special tokens too.")
+@click.option("--shard-rows", type=int, help="Rows of a shard [16384].")
+@click.option("--batch-tokens", type=int, help="Padded tokens of a forward pass at most [8192].")
+@click.option("--mixed", is_flag=True, help="Allow resuming on another type of device; recorded.")
+@click.option("--allow-unhealthy", is_flag=True, help="Store an SAE that fails its proof; recorded.")
+@click.option("--force", is_flag=True, help="Go on though the disk may not suffice.")
+@click.option("--no-index", is_flag=True, help="Do not index when done.")
+@click.option("--plan", "only_plan", is_flag=True, help="Only say what it would take; loads no weights.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def extract(
+    only_plan: bool, as_json: bool, no_index: bool, out: Path | None, into: Path | None, **options: Any
+) -> None:
+    """Run MODEL over DATASET once and store what is asked for; the same command resumes.
+
+    MODEL is a hub id or folder; DATASET a .jsonl, .txt or .parquet file, a folder of them, a hub id, or - for standard
+    input.
+    """
+    if (out is None) == (into is None):
+        raise InvalidInput(
+            explain(
+                "Give one of --out and --into",
+                accepted="--out STORE to make or resume a store, --into STORE to add a pass to one",
+            )
+        )
+    asked = {"out": out or into, "into": into is not None, **options}
+    if only_plan:
+        _plan(asked, as_json)
+        return
+    from actstore.maintenance import extract_and_index
+
+    with progress() as report:
+        outcome = extract_and_index(report=report, with_index=not no_index, **asked)
+    if as_json:
+        print_json(vars(outcome))
+        return
+    speed = outcome.n_rows_made / outcome.seconds if outcome.seconds else 0
+    state = "complete" if outcome.complete else "not complete: other processes are at work, or segments are missing"
+    click.echo(
+        f"Pass {outcome.pass_id} is {state}. Made {outcome.n_shards_made} shards, {outcome.n_rows_made} tokens "
+        f"in {outcome.seconds:.1f} s ({speed:.0f} tokens/s)."
+    )
+    click.echo(f"Next: actstore info {asked['out']}")
+
+
+def _plan(asked: dict[str, Any], as_json: bool) -> None:
+    from actstore.extraction import Request, plan_extraction
+
+    with progress() as report:
+        plan = plan_extraction(Request(**asked), report)
+    if as_json:
+        sizes = {size.artifact: size.n_bytes for size in plan.artifacts}
+        print_json({**vars(plan), "artifacts": sizes, "total_bytes": plan.total_bytes})
+        return
+    click.echo(f"{plan.n_documents} documents, {plan.n_rows} tokens, {plan.n_shards} shards")
+    for name, n_bytes in [
+        *((size.artifact, size.n_bytes) for size in plan.artifacts),
+        ("index", plan.index_bytes),
+        ("kit", plan.kit_bytes),
+        ("together", plan.total_bytes),
+        ("free on the disk", plan.free_bytes),
+    ]:
+        click.echo(f"  {name:<40} {bytes_text(n_bytes):>10}")
