@@ -92,8 +92,8 @@ class Activations:
             parts.append(self.shard(int(shard))[places[orders[-1]]])
         if not parts:
             return scipy.sparse.csr_array((0, self.n_features), dtype=np.float32)
-        stacked = scipy.sparse.csr_array(scipy.sparse.vstack(parts, format="csr"))
-        return scipy.sparse.csr_array(stacked[np.argsort(np.concatenate(orders), kind="stable"), :])
+        stacked: Any = scipy.sparse.vstack(parts, format="csr")
+        return scipy.sparse.csr_array(stacked[np.argsort(np.concatenate(orders), kind="stable")])
 
 
 class Store:

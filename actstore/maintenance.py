@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,20 +51,15 @@ def index(store: Path, report: Report = silent, *, memory_bytes: int = 2 << 30) 
     Raises StoreBusy where another process published an index meanwhile.
     """
     directory = local(store) / "index"
-    directory.mkdir(exist_ok=True)
-    with exclusive(directory, wait_seconds=5):
+    with exclusive(store, "index.lock", wait_seconds=5):
         return build_index(
             StoreReader(store),
             directory,
             memory_bytes=memory_bytes,
             progress=lambda doing, done, total: report(f"indexing {doing}", done, total, ""),
-            lock=_lock_of(store),
+            lock=exclusive(store),
             compact=True,
         )
-
-
-def _lock_of(store: Path) -> AbstractContextManager[None]:
-    return exclusive(store)
 
 
 def local(store: str | Path) -> Path:

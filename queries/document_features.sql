@@ -17,9 +17,14 @@ fired AS (
 summed AS (
     SELECT feature, count(*) AS n_rows, max(activation) AS max_activation, arg_max(row, activation) AS row
     FROM fired GROUP BY feature
+),
+ranked AS (
+    SELECT s.feature, s.n_rows, s.n_rows / p.n_rows / f.density AS lift, s.max_activation, s.row, f.label
+    FROM summed s JOIN features f ON f.sae = $sae AND f.feature = s.feature
+    CROSS JOIN (SELECT count(*) AS n_rows FROM place) p
+    ORDER BY s.n_rows * ln(lift) DESC, s.feature
+    LIMIT $k
 )
-SELECT s.feature, s.n_rows, s.n_rows / (SELECT count(*) FROM place) / f.density AS lift, s.max_activation,
-       snippet(s.row, 5, 3) AS strongest, f.label
-FROM summed s JOIN features f ON f.sae = $sae AND f.feature = s.feature
-ORDER BY s.n_rows * ln(lift) DESC, s.feature
-LIMIT $k;
+SELECT feature, n_rows, lift, max_activation, snippet(row, 5, 3) AS strongest, label
+FROM ranked
+ORDER BY n_rows * ln(lift) DESC, feature;

@@ -87,6 +87,8 @@ def _spelled(value: float | None) -> str:
 
 
 def _message(failed: Sequence[HealthCheck]) -> str:
+    # Of a lost competition the declared site's own verdict says all: it names the better site.
+    failed = [check for check in failed if check.name != "sae_site" or "lowest of all" in check.expected] or failed
     shown = "; ".join(
         f"{check.name} of {check.subject} is {_spelled(check.value)}, expected {check.expected}" for check in failed
     )

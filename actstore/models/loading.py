@@ -110,9 +110,11 @@ def _weight_files(folder: ModelFolder) -> list[Path]:
 def _read_weights(folder: ModelFolder, dtype: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     if not _weight_files(folder):
         raise _no_weights(folder)
+    disable_progress_bar()  # one model's tensors are read in seconds; our own report says what is being done
     try:
         causal_lm, report = AutoModelForCausalLM.from_pretrained(
             folder.path,

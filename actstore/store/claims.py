@@ -27,12 +27,12 @@ STALE_SECONDS = 120.0  # on another host, where we cannot ask whether the proces
 
 
 @contextmanager
-def exclusive(root: Path, *, wait_seconds: float = 60.0) -> Iterator[None]:
-    """Hold the store's lock while layout or catalog change; the kernel frees it when its holder dies.
+def exclusive(root: Path, name: str = "lock", *, wait_seconds: float = 60.0) -> Iterator[None]:
+    """Hold a lock of the store, by default the one for layout and catalog; the kernel frees it when its holder dies.
 
     Raises StoreBusy where somebody else holds it for longer than `wait_seconds`.
     """
-    with (root / "lock").open("a") as file:
+    with (root / name).open("a") as file:
         _flock(file.fileno(), root, wait_seconds)
         yield
 

@@ -22,12 +22,14 @@ def small_tables(
     receipts: Receipts,
     manifests: Sequence[Mapping[str, Any]],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of `store`, `passes`, `sites`, `saes` and `health`."""
+    """Return the rows of `store`, `passes`, `sites`, `saes` and `health`, and which lenses and roles there are."""
     return {
         "store": [_store(store, layout, receipts)],
         "passes": [_pass(one, made, layout, receipts) for one, made in passes.items()],
         "sites": [row for one, made in passes.items() for row in _sites(one, made, layout)],
         "saes": [row for one, made in passes.items() for row in _saes(one, made, layout)],
+        "lenses": _lenses(layout),
+        "roles": [],
         "health": _corpus_health(manifests) + [dict(check) for made in passes.values() for check in made.health],
     }
 
@@ -93,6 +95,11 @@ def _saes(pass_id: str, made: PassFile, layout: Layout) -> list[dict[str, Any]]:
         for coder in made.recipe["saes"]
         if layout.artifacts.get(f"firings/{coder['sae']}") == pass_id
     ]
+
+
+def _lenses(layout: Layout) -> list[dict[str, Any]]:
+    paths = (artifact.split("/") for artifact in layout.artifacts if artifact.startswith("lens/"))
+    return [{"lens": lens, "site": site} for _, lens, site in paths]
 
 
 def _corpus_health(manifests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from .location import Location
 __all__ = ["Verification", "verify_store"]
 
 OUTSIDE = ("claims", "index")  # claims come and go; the index proves itself
+LOCKS = {"lock", "index.lock"}  # empty
 Progress = Callable[[int, int], None]
 
 
@@ -61,7 +62,7 @@ class _Verifier:
         self._journal()
         if (self.root / "labels.json").exists():
             self._sealed("labels.json", dict)
-        self.seen.add("lock")
+        self.seen |= LOCKS
         self._find_orphans()
         return self.found
 
@@ -79,7 +80,8 @@ class _Verifier:
             for path, proof in files:
                 artifact = artifact_of(path.removeprefix(f"{ARRAYS}/"))
                 if layout.artifacts.get(artifact) == pass_id:  # else it was dropped
-                    yield path, (proof, widths.get(artifact, 0) if proof.values_sha256 else 0)
+                    is_firings = path.startswith("firings/") and proof.values_sha256 is not None
+                    yield path, (proof, widths[artifact] if is_firings else 0)
 
     def _receipts(self, pass_id: str, layout: Layout) -> list[dict[str, Any]]:
         receipts: list[dict[str, Any]] = []

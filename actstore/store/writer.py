@@ -110,7 +110,9 @@ class StoreWriter:
         root.mkdir(parents=True, exist_ok=True)
         if (root / STORE_FILE).exists():
             return True
-        others = [path.name for path in root.iterdir() if path.name != "lock" and path.suffix != ".partial"]
+        others = [
+            path.name for path in root.iterdir() if path.name not in ("lock", "kit") and path.suffix != ".partial"
+        ]
         if others:
             raise InvalidInput(
                 explain(
