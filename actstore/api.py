@@ -91,9 +91,10 @@ class Activations:
             orders.append(np.flatnonzero(shards == shard))
             parts.append(self.shard(int(shard))[places[orders[-1]]])
         if not parts:
-            return scipy.sparse.csr_array((0, self.n_features), dtype=np.float32)
-        stacked: Any = scipy.sparse.vstack(parts, format="csr")
-        return scipy.sparse.csr_array(stacked[np.argsort(np.concatenate(orders), kind="stable")])
+            return scipy.sparse.csr_array(np.zeros((0, self.n_features), dtype=np.float32))
+        order = np.argsort(np.concatenate(orders), kind="stable")
+        rows_of_shards = scipy.sparse.csr_matrix(scipy.sparse.vstack(parts, format="csr"))
+        return scipy.sparse.csr_array(rows_of_shards[order, :])
 
 
 class Store:
