@@ -9,7 +9,7 @@ from typing import Any, Self
 from .errors import InvalidInput, explain
 from .sealed import digest_of
 
-__all__ = ["CorpusIdentity", "ModelIdentity", "Recipe", "SaeIdentity"]
+__all__ = ["NOTHING_ASKED", "CorpusIdentity", "ModelIdentity", "Recipe", "SaeIdentity"]
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -79,7 +79,7 @@ class Recipe:
                 accepted = ", ".join(COMPUTE_DTYPES)
                 raise InvalidInput(explain(f"The {name} dtype {value!r} is not known", accepted=accepted))
         if not (self.sites or self.saes or self.lens_sites):
-            raise InvalidInput(_NOTHING_ASKED)
+            raise InvalidInput(NOTHING_ASKED)
         ids = [coder.sae for coder in self.saes]
         if twice := {sae for sae in ids if ids.count(sae) > 1}:
             raise InvalidInput(
@@ -129,7 +129,7 @@ def _flat(body: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {key: value for key, value in body.items() if key not in nested | {"saes"}}
 
 
-_NOTHING_ASKED = """Nothing was asked for: give at least one site, SAE or lens. For example:
-  actstore extract MODEL DATASET --out STORE --site resid_post.*
+NOTHING_ASKED = """Nothing was asked for: give at least one site, SAE or lens. For example:
+  actstore extract MODEL DATASET --out STORE --site 'resid_post.*'
   actstore extract MODEL DATASET --out STORE --sae google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71
   actstore extract MODEL DATASET --out STORE --lens 5"""

@@ -119,6 +119,9 @@ def progress() -> Iterator[Report]:
         tasks: dict[str, Any] = {}
 
         def report(doing: str, done: int, total: int | None, unit: str) -> None:
+            if total is None and not done and not unit:  # not a quantity: something to know
+                console.print(doing, highlight=False, markup=False)
+                return
             if doing not in tasks:
                 tasks[doing] = bars.add_task(doing, total=total, unit=unit)
             bars.update(tasks[doing], completed=done, total=total)
@@ -138,7 +141,7 @@ class _Lines:
         if finished or now - self._last.get(doing, 0.0) > LINE_SECONDS:
             self._last[doing] = now
             of = "" if total is None else f" of {total}"
-            click.echo(f"{doing}: {done}{of} {unit}".rstrip() if done or total else f"{doing} …", err=True)
+            click.echo(f"{doing}: {done}{of} {unit}".rstrip() if done or total else doing, err=True)
 
 
 def bytes_text(n_bytes: float) -> str:

@@ -45,6 +45,12 @@ class Plan:
     def total_bytes(self) -> int:
         return sum(size.n_bytes for size in self.artifacts) + self.index_bytes + self.kit_bytes
 
+    def __str__(self) -> str:
+        return (
+            f"{self.n_documents} documents, {self.n_rows} tokens, {self.n_shards} shards, about "
+            f"{self.total_bytes / 1e9:.2f} GB with index and kit; {self.free_bytes / 1e9:.1f} GB are free"
+        )
+
 
 def estimate(
     *,

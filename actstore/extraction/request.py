@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from actstore.errors import InvalidInput, explain
+from actstore.recipe import NOTHING_ASKED
 
 __all__ = ["Request"]
 
@@ -50,6 +51,8 @@ class Request:
     force: bool = False
 
     def __post_init__(self) -> None:
+        if not (self.sites or self.saes or self.lens_k):
+            raise InvalidInput(NOTHING_ASKED)
         if not 1 <= self.activation_bits <= MAX_ACTIVATION_BITS:
             raise InvalidInput(
                 explain(f"--activation-bits {self.activation_bits} is out of range", accepted="1 to 23 (23 keeps all)")

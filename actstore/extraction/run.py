@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -15,8 +15,8 @@ from actstore.health import HealthCheck
 from actstore.models import LoadedModel, load_model, prove
 from actstore.progress import Report, silent
 from actstore.recipe import CorpusIdentity, Recipe
-from actstore.saes import SaeEncoder, check_width, expand_sae_arguments, load_sae
-from actstore.sites import parse_site
+from actstore.saes import SaeEncoder, SparseCoder, check_width, expand_sae_arguments, load_sae
+from actstore.sites import expand_sites, parse_site
 from actstore.store import Journal, PassFile, PassWriter, StoreFile, StoreReader, StoreWriter, exclusive
 
 from . import identity
@@ -32,6 +32,7 @@ from .work import work_through
 
 __all__ = ["Outcome", "extract"]
 
+LOCK_SECONDS = 3600  # another process may be tokenising a large corpus
 VERSIONED = ("actstore", "zarr", "numcodecs", "numpy", "torch", "transformers", "tokenizers")
 
 
@@ -51,24 +52,14 @@ def extract(request: Request, report: Report = silent) -> Outcome:
 
     Raises ActstoreError for everything that a user can cause; every shard that was finished is kept.
     """
+    _check_target(request)
     coders = [load_sae(one) for one in expand_sae_arguments(request.saes)]
-    exists = StoreWriter.prepare(request.out)
-    if not exists and request.dataset is None:
-        raise MissingInput(
-            explain(
-                f"{request.out} has no corpus yet and no dataset was given",
-                accepted="a file (.jsonl, .txt, .parquet), a folder of them, a hub id, or -",
-                next_step="actstore extract MODEL DATASET --out STORE …",
-            )
-        )
     model = load_model(request.model, revision=request.revision, dtype=request.dtype, device=request.device)
-    for coder in coders:
-        identity.known_site(coder.identity.site, model.sites())
-        check_width(coder, model.site_width(parse_site(coder.identity.site)))
-    identity.lens_sites(request, model)
+    _check_sites(request, model, coders, report)
     tokenizer = tokenizer_of(request)
     encoders = [SaeEncoder(coder, model.device) for coder in coders]
-    with exclusive(request.out, wait_seconds=3600):
+    StoreWriter.prepare(request.out)
+    with exclusive(request.out, wait_seconds=LOCK_SECONDS):
         writer = _open_or_create(request, model, tokenizer)
         recipe = _recipe(request, writer, model, tokenizer, encoders, report)
         if request.append is not None:
@@ -79,18 +70,46 @@ def extract(request: Request, report: Report = silent) -> Outcome:
     return _run(request, writer, pass_id, _runner(model, encoders, recipe, writer.store), report)
 
 
+def _check_target(request: Request) -> None:
+    """Raise where the store or the data cannot be what they are asked to be, before anything is loaded or made."""
+    exists = (request.out / "store.json").exists()
+    if not exists and (request.into or request.append is not None):
+        what, next_step = f"There is no store at {request.out} to add to", "leave out --into and --append to make one"
+        raise MissingInput(explain(what, next_step=next_step))
+    if not exists and request.dataset is None:
+        raise MissingInput(
+            explain(
+                f"{request.out} has no corpus yet and no dataset was given",
+                accepted="a file (.jsonl, .txt, .parquet), a folder of them, a hub id, or -",
+                next_step="actstore extract MODEL DATASET --out STORE …",
+            )
+        )
+    if request.append == "-" or isinstance(request.append, Iterator):
+        raise InvalidInput(
+            explain(
+                "Documents to append may have to be read twice, and standard input or an iterator can be read once",
+                accepted="a file, folder, hub id or list",
+                next_step="save them to a .jsonl file first",
+            )
+        )
+
+
+def _check_sites(request: Request, model: LoadedModel, coders: Sequence[SparseCoder], report: Report) -> None:
+    """Raise where a site that is asked for, or read by an SAE or lens, is not on the model or has another width."""
+    expand_sites(request.sites, model.sites())
+    identity.lens_sites(request, model)
+    for coder in coders:
+        identity.known_site(coder.identity.site, model.sites())
+        check_width(coder, model.site_width(parse_site(coder.identity.site)))
+        report(f"SAE {coder.identity.sae}: {coder.d_sae} features of {coder.identity.site}", 0, None, "")
+
+
 def _open_or_create(request: Request, model: LoadedModel, tokenizer: TokenizerHandle) -> StoreWriter:
     if StoreWriter.prepare(request.out):
         writer = StoreWriter.open(request.out)
         _refuse_other_window(request, writer.store)
         writer.repair_metadata()
         return writer
-    if request.into or request.append is not None:
-        raise MissingInput(
-            explain(
-                f"There is no store at {request.out} to add to", next_step="leave out --into and --append to make one"
-            )
-        )
     window = Window(request.context or DEFAULT_CONTEXT, request.stride)
     store = StoreFile(
         shard_rows=request.shard_rows or DEFAULT_SHARD_ROWS,
@@ -135,9 +154,6 @@ def _recipe(
 ) -> Recipe:
     """Return the request's recipe, the corpus stored; raises RecipeMismatch where the store has another."""
     if not writer.layout.segments:
-        # What was asked is checked before text is read: an empty digest stands for the corpus until then.
-        draft = identity.corpus_identity(writer.store, tokenizer, "")
-        _make(request, writer, model, encoders, draft)
         store_segment(writer, request, request.dataset, tokenizer, report)
         digest = writer.layout.segments[0].documents_digest
     elif request.dataset is not None:
@@ -184,7 +200,9 @@ def _begin(
     matrices, firings = matrices_of(recipe, model.site_width), firings_of(recipe)
     identity.refuse_again(PassFile(recipe.to_json(), matrices, firings), writer.layout)
     layout = writer.layout
-    check_disk(estimate_of(request, model, recipe, layout.n_docs, layout.n_rows, layout.n_shards), force=request.force)
+    plan = estimate_of(request, model, recipe, layout.n_docs, layout.n_rows, layout.n_shards)
+    report(f"plan: {plan}", 0, None, "")
+    check_disk(plan, force=request.force)
     report("proving sites and SAEs", 0, None, "")
     checks: list[HealthCheck] = list(prove(model, _runner(model, encoders, recipe, writer.store).captured()))
     checks += prove_saes(

@@ -59,7 +59,7 @@ def _round(
 ) -> bool:
     """Try each pending shard once; return whether this process made any."""
     before, n_shards = made.n_shards, passing.writer.layout.n_shards
-    for shard in pending:
+    for n_tried, shard in enumerate(pending, start=1):
         claim = None if passing.has_receipt(shard) else passing.claim(shard)
         if claim is None:
             continue
@@ -80,7 +80,7 @@ def _round(
             run_seconds=ran - started,
             write_seconds=time.monotonic() - ran,
         )
-        report("extracting", n_shards - len(passing.pending()), n_shards, "shards")
+        report("extracting", n_shards - len(pending) + n_tried, n_shards, "shards")
     return made.n_shards > before
 
 
