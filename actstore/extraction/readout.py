@@ -70,10 +70,12 @@ def read_out(
     lenses: dict[str, list[LensRows]] = {site: [] for site in sites}
     for block in _blocks(len(final), unembedding.weight.shape[0]):
         final_logprobs = torch.log_softmax(logits(unembedding, final[block]), dim=-1)
-        predictions.append(_predict(final_logprobs, targets[block]))
+        final_probabilities = final_logprobs.exp()
+        predictions.append(_predict(final_logprobs, final_probabilities, targets[block]))
         for site, rows in sites.items():
             logprobs = torch.log_softmax(logits(unembedding, rows[block]), dim=-1)
-            lenses[site].append(_lens(logprobs, final_logprobs, targets[block], k))
+            divergence = (final_probabilities * (final_logprobs - logprobs)).sum(-1)
+            lenses[site].append(_lens(logprobs, divergence, targets[block], k))
     joined = {site: LensRows(*_joined(parts)) for site, parts in lenses.items()}
     return PredictionRows(*_joined(predictions)), joined
 
@@ -94,26 +96,23 @@ def _target_logprob(logprobs: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     return chosen.masked_fill(targets < 0, float("nan"))
 
 
-def _entropy(logprobs: torch.Tensor) -> torch.Tensor:
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
-def _predict(logprobs: torch.Tensor, targets: torch.Tensor) -> PredictionRows:
+def _predict(logprobs: torch.Tensor, probabilities: torch.Tensor, targets: torch.Tensor) -> PredictionRows:
     import torch
 
     top, top_id = logprobs.max(-1)
-    values = torch.stack([_target_logprob(logprobs, targets), _entropy(logprobs), top.exp()], dim=1)
+    entropy = -(probabilities * logprobs).sum(-1)
+    values = torch.stack([_target_logprob(logprobs, targets), entropy, top.exp()], dim=1)
     return PredictionRows(values, torch.stack([targets, top_id], dim=1).int())
 
 
-def _lens(logprobs: torch.Tensor, final: torch.Tensor, targets: torch.Tensor, k: int) -> LensRows:
+def _lens(logprobs: torch.Tensor, divergence: torch.Tensor, targets: torch.Tensor, k: int) -> LensRows:
     """Rank 1 is the likeliest token; −1 where there is no target."""
     import torch
 
     target = _target_logprob(logprobs, targets)
-    rank = (logprobs > target[:, None]).sum(-1) + 1
+    rank = (logprobs > target[:, None]).sum(-1, dtype=torch.int32) + 1
     rank = rank.masked_fill(targets < 0, -1)
-    divergence = (final.exp() * (final - logprobs)).sum(-1)
     top, top_id = logprobs.topk(k, dim=-1)
-    values = torch.cat([torch.stack([target, _entropy(logprobs), divergence], dim=1), top], dim=1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    values = torch.cat([torch.stack([target, entropy, divergence], dim=1), top], dim=1)
     return LensRows(values, torch.cat([rank[:, None], top_id], dim=1).int())

@@ -1,0 +1,198 @@
+"""Building the index: what the catalog lacks is made as new parts, then the catalog changes at once.
+
+What is already covered is left as it is, so indexing while extraction runs costs what is new. A part whose shards
+have other receipts now (an artifact was dropped and made again) is left out and its shards are made again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from actstore.sealed import digest_of, sha256_hex
+
+from .catalog import Catalog, Cover, Lock, Names, Part, publish, read_catalog
+from .compaction import MAX_PARTS, compact_parts
+from .feature_parts import content_of_features, write_features
+from .firing_parts import write_firings
+from .parts import PartWriter, Workshop
+from .row_tables import RowJob, row_jobs
+from .schema import PART_TABLES, SMALL_TABLES, TABLES
+from .source import Segment, Source
+
+__all__ = ["Progress", "build_index"]
+
+Progress = Callable[[str, int, int], None]  # what is being indexed, shards of it done, shards of it in all
+
+MAX_PART_ROWS = 64_000_000
+
+
+def build_index(
+    source: Source,
+    directory: Path,
+    *,
+    memory_bytes: int = 2 << 30,
+    progress: Progress | None = None,
+    lock: Lock | None = None,
+    compact: bool = False,
+) -> Catalog:
+    """Index every shard that is done, as new parts beside the present ones, and return the current catalog.
+
+    `lock` is entered only while the catalog changes. `compact` also joins parts where a kind has more than
+    `MAX_PARTS` of one subject. Where nothing is new the catalog stays as it is.
+    Raises StoreBusy where another process changed the index meanwhile, NoSpace, CorruptStore.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    before = read_catalog(directory)
+    workshop = Workshop(directory, Names(directory, before), memory_bytes)
+    try:
+        parts = list(_Build(source, before, workshop, progress or _quiet).parts(compact))
+        if list(before.parts) == parts:
+            return before
+        return publish(directory, before, parts, workshop.names, lock)
+    except BaseException:
+        workshop.discard()
+        raise
+
+
+class _Build:
+    """One run: `parts` yields the parts of the next catalog, old ones where they still hold."""
+
+    def __init__(self, source: Source, before: Catalog, workshop: Workshop, progress: Progress) -> None:
+        self.source = source
+        self.before = before
+        self.workshop = workshop
+        self.progress = progress
+        self.small = source.tables()
+
+    def parts(self, compact: bool) -> Iterator[Part]:
+        yield self._core()
+        yield self._vocabulary()
+        for segment in self.source.segments():
+            yield self._documents(segment)
+        for job in row_jobs(self.source):
+            yield from self._compacted(list(self._rows(job)), compact)
+        for coder in self.small.get("saes", []):
+            yield from self._sae(str(coder["sae"]), int(coder["width"]), compact)
+
+    def _core(self) -> Part:
+        rows = {table: _spelled(table, self.small.get(table, [])) for table in SMALL_TABLES}
+        return self._by_content("core", "", digest_of(rows), lambda writer: _append_small(writer, rows))
+
+    def _vocabulary(self) -> Part:
+        texts = self.source.vocabulary().cast(pa.string())
+        table = pa.table({"token_id": np.arange(len(texts), dtype=np.int32), "token": texts})
+        content = sha256_hex("\0".join(texts.to_pylist()).encode())
+        return self._by_content("vocabulary", "", content, lambda writer: writer.append("vocabulary", table))
+
+    def _documents(self, segment: Segment) -> Part:
+        content = digest_of([segment.first_doc, segment.n_docs, segment.first_seq, segment.n_seqs, segment.first_shard])
+
+        def append(writer: PartWriter) -> None:
+            for batch in self.source.documents(segment.segment):
+                writer.append("documents", pa.Table.from_batches([batch]).select(list(TABLES["documents"])))
+            writer.append("sequences", self._sequences(segment))
+
+        return self._by_content("documents", str(segment.segment), content, append)
+
+    def _sequences(self, segment: Segment) -> pa.Table:
+        doc, row, n_tokens = self.source.sequences(segment.segment).T
+        seq = segment.first_seq + np.arange(len(doc), dtype=np.int64)
+        return pa.table({"seq": seq, "doc": doc, "row": row, "n_tokens": n_tokens})
+
+    def _by_content(self, kind: str, subject: str, content: str, append: Callable[[PartWriter], None]) -> Part:
+        """Return the present part where it was made from the same content, else a new one."""
+        for part in self.before.select(kind, subject):
+            if part.facts["content"] == content:
+                return part
+        with self.workshop.writing(kind, ".".join(filter(None, (kind, subject)))) as writer:
+            append(writer)
+        return self.workshop.finish(kind, subject, writer, facts={"content": content})
+
+    def _present(self, kind: str, subject: str, done: Mapping[int, str]) -> tuple[list[Part], list[int]]:
+        """Return the parts that still hold, and the shards that are done and in none of them."""
+        kept = [part for part in self.before.select(kind, subject) if all(cover.holds(done) for cover in part.covers)]
+        covered = frozenset[int]().union(*(part.shards for part in kept))
+        return kept, sorted(done.keys() - covered)
+
+    def _rows(self, job: RowJob) -> Iterator[Part]:
+        done = self.source.done(job.artifact)
+        kept, missing = self._present(job.kind, job.subject, done)
+        yield from kept
+        n_shards = max(MAX_PART_ROWS // self.source.shard_rows, 1)
+        for start in range(0, len(missing), n_shards):
+            yield self._row_part(job, missing[start : start + n_shards], done)
+
+    def _row_part(self, job: RowJob, shards: Sequence[int], done: Mapping[int, str]) -> Part:
+        with self.workshop.writing(job.kind, f"{job.stem}.{shards[0]}-{shards[-1] + 1}") as writer:
+            for n_done, shard in enumerate(shards, 1):
+                for table, rows in job.tables(shard).items():
+                    writer.append(table, rows)
+                self.progress(" ".join(filter(None, (job.kind, job.subject))), n_done, len(shards))
+        return self.workshop.finish(job.kind, job.subject, writer, [Cover.of(done, shards)])
+
+    def _sae(self, sae: str, width: int, compact: bool) -> Iterator[Part]:
+        firings = self._compacted(list(self._firings(sae, width)), compact)
+        yield from firings
+        logits = self.source.feature_logits(sae)
+        if not firings and logits is None:
+            return
+        content = content_of_features(firings, logits)
+        present = [part for part in self.before.select("features", sae) if part.facts["content"] == content]
+        yield present[0] if present else write_features(self.workshop, sae, width, firings, logits)
+
+    def _firings(self, sae: str, width: int) -> Iterator[Part]:
+        done = self.source.done(f"firings/{sae}")
+        kept, missing = self._present("firings", sae, done)
+        yield from kept
+        n_done = 0
+        for part in write_firings(self.workshop, self.source, sae, width, missing):
+            n_done += len(part.shards)
+            self.progress(f"firings {sae}", n_done, len(missing))
+            yield part
+
+    def _compacted(self, parts: list[Part], compact: bool) -> list[Part]:
+        return compact_parts(self.workshop, parts) if compact and len(parts) > MAX_PARTS else parts
+
+
+def _append_small(writer: PartWriter, rows: Mapping[str, list[dict[str, Any]]]) -> None:
+    for table in PART_TABLES["core"]:
+        types = pa.schema([(column, _ARROW[kind]) for column, kind in TABLES[table].items()])
+        writer.append(table, pa.Table.from_pylist(rows[table], types))
+
+
+def _spelled(table: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows with every column of the table, texts and JSON as text; what is missing is NULL."""
+    for row in rows:
+        assert row.keys() <= TABLES[table].keys(), f"{table} has no columns {row.keys() - TABLES[table].keys()}"
+    return [{column: _spell(kind, row.get(column)) for column, kind in TABLES[table].items()} for row in rows]
+
+
+def _spell(kind: str, value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # a check that gave no number
+    if kind == "JSON":
+        return json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return str(value) if kind == "VARCHAR" else value
+
+
+_ARROW = {
+    "VARCHAR": pa.string(),
+    "JSON": pa.string(),
+    "INTEGER": pa.int32(),
+    "BIGINT": pa.int64(),
+    "DOUBLE": pa.float64(),
+    "BOOLEAN": pa.bool_(),
+}
+
+
+def _quiet(what: str, n_done: int, n_all: int) -> None:
+    """Say nothing."""

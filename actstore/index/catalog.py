@@ -1,0 +1,181 @@
+"""The catalog: which parts make up the index, what they cover, and the atomic change from one to the next.
+
+`catalog-<n>.json` lists immutable parts; `CURRENT` names one catalog. A part is durable before a catalog names it, a
+catalog before `CURRENT` does. Whoever changes `CURRENT` must have started from what it says now.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+from actstore.errors import CorruptStore, StoreBusy, explain
+from actstore.sealed import digest_of, fsync_directory, seal, sha256_hex, unseal, write_durably
+
+__all__ = ["CURRENT", "EMPTY", "Catalog", "Cover", "Lock", "Names", "Part", "load_catalog", "publish", "read_catalog"]
+
+CURRENT = "CURRENT"
+Lock = AbstractContextManager[object]
+_NUMBERED = re.compile(r"[.-](\d+)\.(?:duckdb|json)$")
+
+
+@dataclass(frozen=True)
+class Cover:
+    """Shards that a part holds, with one digest over the receipts they had then."""
+
+    shards: tuple[int, ...]
+    receipts: str
+
+    @classmethod
+    def of(cls, done: Mapping[int, str], shards: Sequence[int]) -> Self:
+        """Return the cover of `shards`; `done` has the digest of each one's receipt."""
+        ordered = tuple(sorted(shards))
+        return cls(ordered, digest_of([[shard, done[shard]] for shard in ordered]))
+
+    def holds(self, done: Mapping[int, str]) -> bool:
+        """Return whether every shard still has the receipt it had."""
+        return all(shard in done for shard in self.shards) and Cover.of(done, self.shards) == self
+
+
+@dataclass(frozen=True)
+class Part:
+    """One immutable DuckDB file; `subject` is the SAE, `lens/site` or segment it is about."""
+
+    kind: str
+    subject: str
+    name: str
+    n_bytes: int
+    sha256: str
+    n_rows: int  # of its largest table
+    covers: tuple[Cover, ...] = ()
+    facts: Mapping[str, str | int] = field(default_factory=dict)
+
+    @property
+    def shards(self) -> frozenset[int]:
+        return frozenset(shard for cover in self.covers for shard in cover.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the part as JSON values; shards are written as runs [first, end)."""
+        covers = [{"runs": _runs(cover.shards), "receipts": cover.receipts} for cover in self.covers]
+        return {**asdict(self), "covers": covers, "facts": dict(self.facts)}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Self:
+        """Return the part that `to_json` wrote."""
+        covers = tuple(
+            Cover(tuple(shard for first, end in cover["runs"] for shard in range(first, end)), cover["receipts"])
+            for cover in body["covers"]
+        )
+        return cls(**{**body, "covers": covers})
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """One state of the index: its parts. `next_number` is larger than that of every file ever named."""
+
+    number: int
+    parts: tuple[Part, ...]
+    next_number: int
+
+    @property
+    def name(self) -> str:
+        return f"catalog-{self.number}.json"
+
+    def select(self, kind: str, subject: str | None = None) -> list[Part]:
+        """Return the parts of a kind, and of one subject where that is given."""
+        return [part for part in self.parts if part.kind == kind and subject in (None, part.subject)]
+
+    def to_bytes(self) -> bytes:
+        """Return the sealed document that `from_bytes` reads."""
+        parts = [part.to_json() for part in self.parts]
+        return seal({"format": 1, "number": self.number, "next_number": self.next_number, "parts": parts})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str) -> Self:
+        """Return a catalog; raises CorruptStore where a byte was changed."""
+        body = unseal(data, name)
+        return cls(body["number"], tuple(map(Part.from_json, body["parts"])), body["next_number"])
+
+
+EMPTY = Catalog(0, (), 1)
+
+
+def load_catalog(read: Callable[[str], bytes]) -> Catalog:
+    """Return the current catalog, `EMPTY` where there is none; `read` returns the bytes of a file of the index.
+
+    Raises CorruptStore where `CURRENT` or the catalog it names is missing or changed.
+    """
+    try:
+        current = unseal(read(CURRENT), CURRENT)
+    except FileNotFoundError:
+        return EMPTY
+    name = current["catalog"]
+    try:
+        data = read(name)
+    except FileNotFoundError:
+        raise CorruptStore(explain(f"{CURRENT} names {name}, which is missing", next_step=_REBUILD)) from None
+    if sha256_hex(data) != current["sha256"]:
+        raise CorruptStore(explain(f"{name} is not the file that {CURRENT} names", next_step=_REBUILD))
+    return Catalog.from_bytes(data, name)
+
+
+def read_catalog(directory: Path) -> Catalog:
+    """Return the current catalog of a local index; as `load_catalog`."""
+    return load_catalog(lambda name: (directory / name).read_bytes())
+
+
+def publish(directory: Path, before: Catalog, parts: Sequence[Part], names: Names, lock: Lock | None) -> Catalog:
+    """Make `parts` the current index, durably, if `before` still is.
+
+    Raises StoreBusy where another process changed the index meanwhile; nothing is changed then.
+    """
+    with lock or nullcontext():
+        if read_catalog(directory) != before:
+            raise StoreBusy(_busy("another process changed it"))
+        if lost := [part.name for part in parts if not (directory / part.name).is_file()]:
+            raise StoreBusy(_busy(f"{lost[0]} was removed"))
+        number = names.take(lambda number: f"catalog-{number}.json")[0]
+        catalog = Catalog(number, tuple(parts), names.next_number)
+        write_durably(directory / catalog.name, catalog.to_bytes())
+        current = {"catalog": catalog.name, "sha256": sha256_hex(catalog.to_bytes())}
+        write_durably(directory / CURRENT, seal(current))
+    return catalog
+
+
+class Names:
+    """Gives out file names of the index; none is given twice, in any process, at any time."""
+
+    def __init__(self, directory: Path, catalog: Catalog) -> None:
+        self.directory = directory
+        taken = [int(found[1]) for path in directory.iterdir() if (found := _NUMBERED.search(path.name))]
+        self.next_number = max([catalog.next_number, *(number + 1 for number in taken)])
+
+    def take(self, spell: Callable[[int], str]) -> tuple[int, Path]:
+        """Return the next free number and its path; the name is taken by an empty file, made exclusively."""
+        while True:
+            number, self.next_number = self.next_number, self.next_number + 1
+            path = self.directory / spell(number)
+            try:
+                path.touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            fsync_directory(self.directory)
+            return number, path
+
+
+def _runs(shards: Sequence[int]) -> list[list[int]]:
+    starts = [0] + [place + 1 for place, (one, other) in enumerate(pairwise(shards)) if other != one + 1]
+    ends = [*starts[1:], len(shards)]
+    return [[shards[start], shards[end - 1] + 1] for start, end in zip(starts, ends, strict=True) if shards]
+
+
+def _busy(why: str) -> str:
+    return explain(f"The index was not changed: {why} while it was being built", next_step="run `actstore index` again")
+
+
+_REBUILD = "remove the directory `index` of the store and run `actstore index`; everything in it is derived"

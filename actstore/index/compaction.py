@@ -1,0 +1,90 @@
+"""Compaction: many small parts of one subject become few, with the same content.
+
+The largest parts stay as they are and the rest are joined, so that what is written again stays in proportion to what
+is new. Firings are joined feature block by feature block, never by one ORDER BY over everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from .catalog import Catalog, Cover, Lock, Names, Part, publish, read_catalog
+from .engine import attach
+from .feature_parts import attach_firings, block_firings, feature_blocks
+from .parts import PartWriter, Workshop
+from .schema import PART_TABLES
+
+__all__ = ["MAX_PARTS", "compact", "compact_parts"]
+
+MAX_PARTS = 4
+
+
+def compact(directory: Path, *, memory_bytes: int = 2 << 30, lock: Lock | None = None) -> Catalog:
+    """Join parts so that no subject has more than `MAX_PARTS`, and return the current catalog.
+
+    The content of every table stays the same; nothing is read but the index itself.
+    Raises StoreBusy where another process changed the index meanwhile.
+    """
+    before = read_catalog(directory)
+    workshop = Workshop(directory, Names(directory, before), memory_bytes)
+    try:
+        parts: list[Part] = []
+        for _, group in groupby(before.parts, key=lambda part: (part.kind, part.subject)):
+            parts.extend(compact_parts(workshop, list(group)))
+        return publish(directory, before, parts, workshop.names, lock) if workshop.made else before
+    except BaseException:
+        workshop.discard()
+        raise
+
+
+def compact_parts(workshop: Workshop, parts: Sequence[Part]) -> list[Part]:
+    """Return at most `MAX_PARTS` parts of one kind and subject that hold the same as `parts`."""
+    if len(parts) <= MAX_PARTS:
+        return list(parts)
+    by_size = sorted(parts, key=lambda part: part.n_rows, reverse=True)
+    joined = sorted(by_size[MAX_PARTS - 1 :], key=lambda part: min(part.shards))
+    join = _join_firings if parts[0].kind == "firings" else _join_rows
+    made = join(workshop, joined)
+    gone = {part.name for part in joined}
+    workshop.discard(gone)
+    return [part for part in parts if part.name not in gone] + [made]
+
+
+def _join_rows(workshop: Workshop, parts: Sequence[Part]) -> Part:
+    kind, subject = parts[0].kind, parts[0].subject
+    with workshop.writing(kind, _stem(parts)) as writer:
+        for number, part in enumerate(parts):
+            attach(writer.connection, workshop.directory / part.name, f"p{number}")
+        for table in PART_TABLES[kind]:
+            for number in range(len(parts)):
+                writer.append_query(table, f"SELECT * FROM p{number}.{table}")
+    return workshop.finish(kind, subject, writer, _covers(parts))
+
+
+def _join_firings(workshop: Workshop, parts: Sequence[Part]) -> Part:
+    half = all(part.facts["activation"] == "half" for part in parts)
+    with workshop.writing("firings", _stem(parts), activation="USMALLINT" if half else "FLOAT") as writer:
+        _append_firings(writer, workshop, parts, half)
+    plain_rows = sum(int(part.facts["plain_rows"]) for part in parts)
+    facts = {"activation": "half" if half else "float", "plain_rows": plain_rows}
+    return workshop.finish("firings", parts[0].subject, writer, _covers(parts), facts)
+
+
+def _append_firings(writer: PartWriter, workshop: Workshop, parts: Sequence[Part], half: bool) -> None:
+    attach_firings(writer.connection, workshop, parts, coded=half)
+    (n_features,) = writer.connection.execute("SELECT coalesce(max(feature) + 1, 0) FROM firings").fetchone() or (0,)
+    for block in feature_blocks(writer.connection, n_features, block_firings(workshop), where="true"):
+        where = f"feature >= {block.first} AND feature < {block.end}"
+        writer.append_query("firings", f"SELECT * FROM firings WHERE {where} ORDER BY feature, row")
+
+
+def _stem(parts: Sequence[Part]) -> str:
+    shards = frozenset[int]().union(*(part.shards for part in parts))
+    names = [parts[0].kind, *filter(None, parts[0].subject.split("/"))]
+    return ".".join([*names, f"{min(shards)}-{max(shards) + 1}"])
+
+
+def _covers(parts: Sequence[Part]) -> list[Cover]:
+    return [cover for part in parts for cover in part.covers]

@@ -1,0 +1,188 @@
+"""Reading: one connection over the parts of a catalog, and the one path by which SQL reaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import duckdb
+import pyarrow as pa
+
+from actstore.errors import CorruptStore, QueryError, explain
+
+from .catalog import Catalog, Part
+from .engine import REMAKE, attach, in_memory, reading_error
+from .functions import Raised, SqlFunction, register
+from .late import call_late
+from .schema import TABLES, create_table, quote_name
+from .statements import Statement, check_statement
+from .views import LABELS, view_queries
+
+__all__ = ["Answer", "Connection", "Labels", "open_index", "plain_connection"]
+
+Labels = Iterable[tuple[str, int, str]]  # sae, feature, label
+Parameters = Sequence[Any] | Mapping[str, Any] | None
+Locate = Callable[[str], Path]
+
+# Files first: DuckDB could otherwise be told to overwrite or detach the parts that it has open. What locks comes last.
+_LOCKS = ("enable_external_access=false", "disabled_filesystems='LocalFileSystem'", "lock_configuration=true")
+_BATCH_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The rows that a statement returned; `truncated` says that there were more than the limit."""
+
+    table: pa.Table
+    truncated: bool
+
+
+def open_index(
+    catalog: Catalog,
+    locate: Locate,
+    *,
+    functions: Sequence[SqlFunction] = (),
+    labels: Labels = (),
+    memory_limit: str = "50%",
+    threads: int | None = None,
+) -> Connection:
+    """Return a read-only connection with every table of the contract and `functions`.
+
+    `locate` returns where the file of a part is. A query that needs more than `memory_limit` fails: nothing spills,
+    because a connection that may write files could be told to write over the parts.
+    Raises CorruptStore where a part is missing or cannot be opened.
+    """
+    raised = Raised()
+    config = {"memory_limit": memory_limit} | ({"threads": threads} if threads else {})
+    root = _prepare(in_memory(**config), catalog, locate, functions, labels, raised)
+    for setting in _LOCKS:
+        root.execute(f"SET {setting}")
+    return Connection(root, raised, (function.name for function in functions))
+
+
+def plain_connection(
+    catalog: Catalog, locate: Locate, *, functions: Sequence[SqlFunction] = (), labels: Labels = ()
+) -> duckdb.DuckDBPyConnection:
+    """Return an ordinary DuckDB connection with the same tables and functions, for tools that want one.
+
+    It is its owner's: files, settings and new tables are allowed, the parts stay read-only as far as DuckDB keeps them.
+    """
+    return _prepare(duckdb.connect(":memory:"), catalog, locate, functions, labels, Raised())
+
+
+class Connection:
+    """A read-only connection that any thread may use; each call has a cursor of its own."""
+
+    def __init__(self, root: duckdb.DuckDBPyConnection, raised: Raised, functions: Iterable[str]) -> None:
+        self._root = root
+        self._raised = raised
+        self._functions = frozenset(functions)
+
+    def sql(self, text: str, parameters: Parameters = None, *, limit: int | None = None) -> Answer:
+        """Return what one statement says, at most `limit` rows of it.
+
+        `parameters` are bound: a sequence for `?`, a mapping for `$name`.
+        Raises QueryError, saying what is accepted, for anything but one reading statement or where it is wrong;
+        what a function raised as its own error; CorruptStore where a part is damaged.
+        """
+        with self.stream(text, parameters) as reader:
+            held: list[pa.RecordBatch] = []
+            n_rows = 0
+            for batch in reader:
+                held.append(batch)
+                n_rows += batch.num_rows
+                if limit is not None and n_rows > limit:
+                    break
+            table = pa.Table.from_batches(held, reader.schema)
+        truncated = limit is not None and n_rows > limit
+        return Answer(table.slice(0, limit) if truncated else table, truncated)
+
+    def stream(
+        self, text: str, parameters: Parameters = None, *, batch_rows: int = _BATCH_ROWS
+    ) -> pa.RecordBatchReader:
+        """Return what one statement says as a stream of batches; otherwise as `sql`. Close it or read it to its end."""
+        cursor = self._root.cursor()
+        statement = check_statement(cursor, text)
+        with self._translated():
+            relation = cursor.sql(self._late(cursor, statement), params=_bound(parameters))
+            reader = relation.to_arrow_reader(batch_rows)
+        return pa.RecordBatchReader.from_batches(reader.schema, self._batches(cursor, reader))
+
+    def close(self) -> None:
+        """Close the files."""
+        self._root.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _late(self, cursor: duckdb.DuckDBPyConnection, statement: Statement) -> str:
+        """Return the text that calls functions late, where there is one that the check accepts as well."""
+        if statement.select is not None:
+            text = call_late(statement.text, statement.select, statement.nodes, self._functions)
+            with suppress(QueryError):
+                return check_statement(cursor, text).text if text else statement.text
+        return statement.text
+
+    def _batches(self, cursor: duckdb.DuckDBPyConnection, reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+        try:
+            with self._translated():
+                yield from reader
+        finally:
+            reader.close()
+            cursor.close()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (duckdb.Error, OSError, pa.ArrowException) as error:  # Arrow's, while a stream is being read
+            raise self._raised.find(str(error)) or reading_error(error) from None
+
+
+def _bound(parameters: Parameters) -> Any:
+    return dict(parameters) if isinstance(parameters, Mapping) else list(parameters or ())
+
+
+def _prepare(
+    connection: duckdb.DuckDBPyConnection,
+    catalog: Catalog,
+    locate: Locate,
+    functions: Sequence[SqlFunction],
+    labels: Labels,
+    raised: Raised,
+) -> duckdb.DuckDBPyConnection:
+    attached = [(f"p{number}", part) for number, part in enumerate(catalog.parts)]
+    for alias, part in attached:
+        attach(connection, _present(locate(part.name), part), alias)
+    for function in functions:
+        register(connection, function, raised)
+    _add_labels(connection, labels)
+    for table, query in view_queries(attached).items():
+        columns = ", ".join(map(quote_name, TABLES[table]))
+        connection.execute(f"CREATE VIEW {quote_name(table)} AS SELECT {columns} FROM ({query})")
+    return connection
+
+
+def _present(path: Path, part: Part) -> Path:
+    """Return `path` where it has the size of the part; a shorter file might be opened and fail only when read."""
+    found = path.stat().st_size if path.is_file() else None
+    if found != part.n_bytes:
+        said = "is missing" if found is None else f"has {found} bytes instead of {part.n_bytes}"
+        raise CorruptStore(explain(f"The part {part.name} {said}", next_step=REMAKE))
+    return path
+
+
+def _add_labels(connection: duckdb.DuckDBPyConnection, labels: Labels) -> None:
+    columns = {"sae": "VARCHAR", "feature": "INTEGER", "label": "VARCHAR"}
+    connection.execute("CREATE SCHEMA internal")
+    connection.execute(create_table(LABELS, columns))
+    saes, features, texts = zip(*given, strict=True) if (given := list(labels)) else ((), (), ())
+    # Bound as lists: registering a table would import pandas, which costs more than all the rest of opening.
+    values = "unnest(?::VARCHAR[]), unnest(?::INTEGER[]), unnest(?::VARCHAR[])"
+    connection.execute(f"INSERT INTO {LABELS} SELECT {values}", [list(saes), list(features), list(texts)])

@@ -1,0 +1,100 @@
+"""Upkeep of an index's files: proving every byte, and removing what nothing names."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+from actstore.errors import ActstoreError, CorruptStore
+
+from .catalog import CURRENT, Catalog, Lock, Part, read_catalog
+from .parts import sha256_of
+
+__all__ = ["find_orphans", "gc_index", "verify_index"]
+
+
+def verify_index(directory: Path) -> list[str]:
+    """Return what is wrong with the index, one line each; an empty list means that every byte was proved.
+
+    `CURRENT`, the catalogs up to the current one and every part that it names are read whole. No index at all is no
+    fault, nor is a later catalog: a build was killed before `CURRENT` named it.
+    """
+    try:
+        catalog = read_catalog(directory)
+    except ActstoreError as error:
+        return [str(error)]
+    if not catalog.number and _catalogs(directory):
+        return [f"{CURRENT} is missing, but there are catalogs: run `actstore index`"]
+    earlier = [path for path in _catalogs(directory) if _number(path) < catalog.number]
+    faults = [_catalog_fault(path) for path in earlier] + [_part_fault(directory, part) for part in catalog.parts]
+    return [fault for fault in faults if fault]
+
+
+def find_orphans(directory: Path, keep: int = 1) -> list[Path]:
+    """Return the files that neither the current catalog nor the `keep` − 1 before it name, in order of name.
+
+    None are returned where a catalog cannot be read: what it names is not known then, and `verify_index` says why.
+    """
+    try:
+        return _unnamed(directory, keep)
+    except CorruptStore:
+        return []
+
+
+def _unnamed(directory: Path, keep: int) -> list[Path]:
+    current = read_catalog(directory)
+    earlier = sorted(
+        (path for path in _catalogs(directory) if _number(path) < current.number), key=_number, reverse=True
+    )
+    named = {CURRENT, current.name, *(part.name for part in current.parts)}
+    for path in earlier[: keep - 1]:
+        catalog = Catalog.from_bytes(path.read_bytes(), path.name)
+        named |= {path.name, *(part.name for part in catalog.parts)}
+    return sorted(path for path in directory.iterdir() if path.name not in named) if directory.is_dir() else []
+
+
+def gc_index(directory: Path, keep: int = 1, *, lock: Lock | None = None) -> list[str]:
+    """Remove what `find_orphans` finds, and return the names; a build that runs meanwhile fails with StoreBusy.
+
+    Raises CorruptStore where a catalog cannot be read: nothing is removed then.
+    """
+    with lock or nullcontext():
+        orphans = _unnamed(directory, keep)
+        for path in orphans:
+            _remove(path)
+    return [path.name for path in orphans]
+
+
+def _catalog_fault(path: Path) -> str | None:
+    try:
+        Catalog.from_bytes(path.read_bytes(), path.name)
+    except ActstoreError as error:
+        return str(error)
+    return None
+
+
+def _part_fault(directory: Path, part: Part) -> str | None:
+    path = directory / part.name
+    if not path.is_file():
+        return f"{part.name} is missing"
+    if (found := path.stat().st_size) != part.n_bytes:
+        return f"{part.name} has {found} bytes instead of {part.n_bytes}"
+    return None if sha256_of(path) == part.sha256 else f"{part.name} was changed (its SHA-256 differs)"
+
+
+def _catalogs(directory: Path) -> list[Path]:
+    return sorted(directory.glob("catalog-*.json"))
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.removeprefix("catalog-"))
+
+
+def _remove(path: Path) -> None:
+    # DuckDB's spill directory of a build that was killed is the only kind of directory here.
+    if path.is_dir():
+        for inside in path.iterdir():
+            inside.unlink()
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
