@@ -17,7 +17,9 @@ from .output import FORMATS, json_option, print_json, print_result, store_argume
 
 __all__ = ["info", "lens", "queries", "query", "sql", "stats", "top"]
 
-format_option = click.option("--format", "form", type=click.Choice(FORMATS), default="table", show_default=True)
+format_option = click.option(
+    "--format", "form", type=click.Choice(FORMATS), default="table", show_default=True, help="How rows are printed."
+)
 output_option = click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write to a file.")
 
 

@@ -66,7 +66,7 @@ def _translated(name: str, revision: str | None) -> Iterator[None]:
         raise MissingInput(
             explain(
                 f"The model {name} is gated, and this machine is not allowed to read it",
-                next_step=f"accept its terms at https://huggingface.co/{name}, then run `hf auth login`",
+                next_step=f"accept its terms on the page of {name} on the hub, then run `hf auth login`",
             )
         ) from error
     except errors.RevisionNotFoundError as error:

@@ -47,7 +47,7 @@ def _translated(repository: str, wanted: str) -> Iterator[None]:
         raise MissingInput(
             explain(
                 f"The repository {repository} is gated, and this machine is not allowed to read it",
-                next_step=f"accept its terms at https://huggingface.co/{repository}, then run `hf auth login`",
+                next_step=f"accept its terms on the page of {repository} on the hub, then run `hf auth login`",
             )
         ) from error
     except errors.RepositoryNotFoundError as error:
