@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from actstore.corpus import TokenizerHandle
@@ -104,7 +105,7 @@ def _tile_rows(shard_rows: int) -> int:
     return next(size for size in range(min(1024, shard_rows), 0, -1) if shard_rows % size == 0)
 
 
-def find_pass(recipe: Recipe, layout: Layout, passes: dict[str, PassFile], request: Request) -> bool:
+def find_pass(recipe: Recipe, store: StoreFile, layout: Layout, passes: dict[str, PassFile], request: Request) -> bool:
     """Return whether the store has this recipe's pass, to be resumed; False where a new pass may begin.
 
     Raises RecipeMismatch where the store was made by another recipe and this is no `--into`, or the further pass has
@@ -113,6 +114,7 @@ def find_pass(recipe: Recipe, layout: Layout, passes: dict[str, PassFile], reque
     if pass_id_of(recipe) in layout.passes:
         return True
     if not passes:
+        _refuse_other_store(recipe, store, layout)
         return False
     first = Recipe.from_json(next(iter(passes.values())).recipe)
     if not request.into:
@@ -121,6 +123,15 @@ def find_pass(recipe: Recipe, layout: Layout, passes: dict[str, PassFile], reque
     if shared:
         raise _mismatch(first, recipe, "a further pass needs the store's own model and corpus", only=shared)
     return False
+
+
+def _refuse_other_store(recipe: Recipe, store: StoreFile, layout: Layout) -> None:
+    """Raise RecipeMismatch where a store without a pass (a run ended early, all was dropped) is another's."""
+    documents_digest = layout.segments[0].documents_digest
+    corpus = replace(recipe.corpus, tokenizer_digest=store.tokenizer["digest"], documents_digest=documents_digest)
+    stored = replace(recipe, model=ModelIdentity(**store.model["identity"]), corpus=corpus)
+    if stored != recipe:
+        raise _mismatch(stored, recipe, "a store has one model and one corpus: give those, or another --out")
 
 
 def _mismatch(stored: Recipe, asked: Recipe, next_step: str, *, only: set[str] | None = None) -> RecipeMismatch:

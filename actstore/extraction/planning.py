@@ -14,7 +14,7 @@ from .corpus import count_rows
 from .identity import known_site, make_recipe
 from .kit import kit_bytes
 from .plan import Plan, estimate
-from .request import DEFAULT_BATCH_TOKENS, DEFAULT_CONTEXT, DEFAULT_SHARD_ROWS, Request
+from .request import DEFAULT_BATCH_TOKENS, DEFAULT_SHARD_ROWS, Request
 from .specs import firings_of, matrices_of
 
 __all__ = ["estimate_of", "plan_extraction", "tokenizer_of"]
@@ -30,7 +30,7 @@ def plan_extraction(request: Request, report: Report = silent) -> Plan:
         )
     model = describe_model(request.model, revision=request.revision)
     tokenizer = tokenizer_of(request)
-    window = Window(request.context or DEFAULT_CONTEXT, request.stride)
+    window = request.window
     shard_rows = request.shard_rows or DEFAULT_SHARD_ROWS
     recipe = _draft(request, model, tokenizer, window, shard_rows)
     n_documents, n_rows, n_shards = count_rows(request, tokenizer, window, shard_rows, report)

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["LensRows", "PredictionRows", "read_out", "targets_of"]
 
-LOGITS_PER_BLOCK = 1 << 24  # 64 MiB of float32; never a function of free memory, so that results are not either
+# A function of the vocabulary alone, never of free memory, so that results are not either. A small vocabulary's block
+# stays in the processor's cache; a large one's has rows enough that reading the unembedding does not dominate.
+LOGITS_PER_BLOCK = 1 << 20
+ROWS_AT_LEAST = 512
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def read_out(
 
 
 def _blocks(n_rows: int, vocabulary_size: int) -> Iterator[slice]:
-    size = max(1, LOGITS_PER_BLOCK // vocabulary_size)
+    size = max(ROWS_AT_LEAST, LOGITS_PER_BLOCK // vocabulary_size)
     return (slice(first, min(first + size, n_rows)) for first in range(0, n_rows, size))
 
 

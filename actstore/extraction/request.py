@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actstore.corpus import Window
 from actstore.errors import InvalidInput, explain
 from actstore.recipe import NOTHING_ASKED
 
@@ -68,3 +69,8 @@ class Request:
         for name, value in (("shard-rows", self.shard_rows), ("batch-tokens", self.batch_tokens)):
             if value is not None and value < 1:
                 raise InvalidInput(explain(f"--{name} is {value}", accepted="a positive number"))
+
+    @property
+    def window(self) -> Window:
+        """How documents are cut where the store does not say it yet; raises InvalidInput for an impossible one."""
+        return Window(DEFAULT_CONTEXT if self.context is None else self.context, self.stride)

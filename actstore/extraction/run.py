@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from actstore.blocks import Segment, TokenShard
-from actstore.corpus import TokenizerHandle, Window
+from actstore.corpus import TokenizerHandle
 from actstore.errors import InvalidInput, MissingInput, explain
 from actstore.health import HealthCheck
 from actstore.models import LoadedModel, load_model, prove
@@ -25,7 +25,7 @@ from .kit import write_feature_logits, write_unembedding, write_vocabulary
 from .plan import check_disk
 from .planning import estimate_of, tokenizer_of
 from .proof import prove_saes
-from .request import DEFAULT_BATCH_TOKENS, DEFAULT_CONTEXT, DEFAULT_SHARD_ROWS, Request
+from .request import DEFAULT_BATCH_TOKENS, DEFAULT_SHARD_ROWS, Request
 from .runner import ShardRunner
 from .specs import firings_of, matrices_of
 from .work import work_through
@@ -107,10 +107,12 @@ def _check_sites(request: Request, model: LoadedModel, coders: Sequence[SparseCo
 def _open_or_create(request: Request, model: LoadedModel, tokenizer: TokenizerHandle) -> StoreWriter:
     if StoreWriter.prepare(request.out):
         writer = StoreWriter.open(request.out)
-        _refuse_other_window(request, writer.store)
-        writer.repair_metadata()
-        return writer
-    window = Window(request.context or DEFAULT_CONTEXT, request.stride)
+        # Without a corpus it is what a run left that failed while reading the text: nothing stands on it.
+        if writer.layout.segments:
+            _refuse_other_window(request, writer.store)
+            writer.repair_metadata()
+            return writer
+    window = request.window
     store = StoreFile(
         shard_rows=request.shard_rows or DEFAULT_SHARD_ROWS,
         batch_tokens=request.batch_tokens or DEFAULT_BATCH_TOKENS,
@@ -161,7 +163,7 @@ def _recipe(
     else:
         digest = writer.layout.segments[0].documents_digest
     recipe = _make(request, writer, model, encoders, identity.corpus_identity(writer.store, tokenizer, digest))
-    identity.find_pass(recipe, writer.layout, StoreReader(request.out).passes, request)
+    identity.find_pass(recipe, writer.store, writer.layout, StoreReader(request.out).passes, request)
     return recipe
 
 

@@ -189,6 +189,7 @@ class ShardRunner:
             "device": _device_name(self.model.device),
             "compute_dtype": self.model.dtype,
             "tf32": False,
+            "threads": torch.get_num_threads(),  # of the CPU: sums are split among them
             "batch_tokens": self.batch_tokens,
             "tile_rows": self.recipe.tile_rows,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
