@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from .errors import InvalidInput, MissingInput, QueryError, UnknownName, explain, unknown_name
 from .index import Catalog, Connection, Part, load_catalog, open_index, plain_connection
 from .lenses import Functions
 from .named import named_query
-from .results import Result
+from .results import Result, distinct_names
 from .store import StoreReader
 
 if TYPE_CHECKING:
     import duckdb
     import scipy.sparse
+    import zarr
 
 __all__ = ["Activations", "SiteView", "Store"]
 
@@ -46,19 +46,9 @@ class SiteView:
 
         A slice takes the rows in use that lie in it. Raises UnknownName for rows that do not exist or are filler.
         """
-        if isinstance(rows, slice):
-            return self._functions.vectors(self.site, self._in_use(rows))
-        numbers = np.asarray(rows)
-        if numbers.dtype == np.bool_ or not (np.issubdtype(numbers.dtype, np.integer) or numbers.size == 0):
-            raise InvalidInput(explain(f"Rows are numbers, not {numbers.dtype}", accepted="integers or a slice"))
-        vectors = self._functions.vectors(self.site, np.atleast_1d(numbers).astype(np.int64))
+        numbers = _row_numbers(self._functions.reader, rows)
+        vectors = self._functions.vectors(self.site, np.atleast_1d(numbers))
         return vectors[0] if numbers.ndim == 0 else vectors
-
-    def _in_use(self, rows: slice) -> npt.NDArray[np.int64]:
-        reader = self._functions.reader
-        wanted = np.arange(*rows.indices(reader.layout.n_shards * reader.shard_rows), dtype=np.int64)
-        shards, offsets = np.divmod(wanted, reader.shard_rows)
-        return wanted[offsets < reader.rows_used[shards]]
 
 
 class Activations:
@@ -80,11 +70,15 @@ class Activations:
         shape = (one.n_rows, self.n_features)
         return scipy.sparse.csr_array((one.activations, one.features.astype(np.int32), one.indptr), shape=shape)
 
-    def __getitem__(self, rows: npt.ArrayLike) -> scipy.sparse.csr_array[Any]:
-        """Return these rows, in the order asked for, as float32 CSR (row, feature)."""
+    def __getitem__(self, rows: int | slice | npt.ArrayLike) -> scipy.sparse.csr_array[Any]:
+        """Return these rows, in the order asked for, as float32 CSR (row, feature).
+
+        A slice takes the rows in use that lie in it. Raises UnknownName for rows that do not exist or are filler.
+        """
         import scipy.sparse
 
-        numbers = np.atleast_1d(np.asarray(rows, dtype=np.int64))
+        numbers = np.atleast_1d(_row_numbers(self._reader, rows))
+        self._reader.token_column("seq", numbers)  # raises for a row that does not exist
         shards, places = np.divmod(numbers, self._reader.shard_rows)
         parts, orders = [], []
         for shard in np.unique(shards):
@@ -95,6 +89,19 @@ class Activations:
         order = np.argsort(np.concatenate(orders), kind="stable")
         rows_of_shards = scipy.sparse.csr_matrix(scipy.sparse.vstack(parts, format="csr"))
         return scipy.sparse.csr_array(rows_of_shards[order, :])
+
+
+def _row_numbers(reader: StoreReader, rows: int | slice | npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Return rows as int64 (row), or as a single number; a slice becomes the rows in use that lie in it."""
+    if isinstance(rows, slice):
+        wanted = np.arange(*rows.indices(reader.layout.n_shards * reader.shard_rows), dtype=np.int64)
+        shards, offsets = np.divmod(wanted, reader.shard_rows)
+        return wanted[offsets < reader.rows_used[shards]]
+    numbers = np.asarray(rows)
+    if numbers.ndim > 1 or not (np.issubdtype(numbers.dtype, np.integer) or numbers.size == 0):
+        what = f"Rows are numbers, not {numbers.dtype} of shape {numbers.shape}"
+        raise InvalidInput(explain(what, accepted="an integer, a list or vector of integers, or a slice"))
+    return numbers.astype(np.int64)
 
 
 class Store:
@@ -153,7 +160,7 @@ class Store:
         Raises QueryError, with DuckDB's own words, where it is wrong or does more than read.
         """
         answer = self._connection.sql(text, parameters, limit=limit)
-        return Result(answer.table, answer.truncated)
+        return Result(distinct_names(answer.table), answer.truncated)
 
     def query(self, name: str, parameters: Mapping[str, Any] | None = None, *, limit: int | None = None) -> Result:
         """Return the answer of a named query.
@@ -164,14 +171,17 @@ class Store:
         bound = query.bind(parameters or {})
         for parameter in query.parameters:
             if bound[parameter.name] is not None:
-                self._must_exist(parameter.kind, bound[parameter.name])
+                self._must_exist(parameter.kind, bound[parameter.name], bound.get("sae"))
         for table, remedy in query.needs:
             if not len(self.sql(f'SELECT 1 FROM "{table}" LIMIT 1')):
                 raise QueryError(explain(f"The query {name!r} reads {table}, which is empty here", next_step=remedy))
         return self.sql(query.sql, bound, limit=limit)
 
-    def _must_exist(self, kind: str, value: Any) -> None:
-        """Raise UnknownName where a query is about an SAE, site or document that is not stored."""
+    def _must_exist(self, kind: str, value: Any, sae: str | None = None) -> None:
+        """Raise UnknownName where a query is about an SAE, a feature of it, a site or a document that is not stored."""
+        if kind == "feature" and sae is not None and not 0 <= value < self._width(sae):
+            last = self._width(sae) - 1
+            raise UnknownName(explain(f"There is no feature {value} of {sae}", accepted=f"0 to {last}"))
         if kind == "doc" and not 0 <= value < self.reader.layout.n_docs:
             last = self.reader.layout.n_docs - 1
             raise UnknownName(explain(f"There is no document {value}", accepted=f"documents 0 to {last}"))
@@ -206,8 +216,10 @@ class Store:
     def activations(self, sae: str) -> Activations:
         """Return the firings of an SAE as SciPy CSR matrices (row × feature), read a shard at a time."""
         self._must_exist("sae", sae)
-        width = next(row["width"] for row in self.reader.tables()["saes"] if row["sae"] == sae)
-        return Activations(self.reader, sae, width)
+        return Activations(self.reader, sae, self._width(sae))
+
+    def _width(self, sae: str) -> int:
+        return next(int(row["width"]) for row in self.reader.tables()["saes"] if row["sae"] == sae)
 
     def lens(self, lens: str = "logit", *, doc: int, k: int = 1) -> Result:
         """Return the lens of every stored residual site over a document: site, layer, pos, row, rank, token, logprob.

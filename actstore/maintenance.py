@@ -167,9 +167,17 @@ def label(store: Path, file: Path) -> int:
 def _label_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not file.is_file():
         raise MissingInput(explain(f"There is no file {file}", accepted="a .csv or .jsonl of sae, feature, label"))
-    with file.open(encoding="utf-8", newline="") as lines:
+    try:
+        yield from _parsed_labels(file)
+    except UnicodeDecodeError as error:
+        raise InvalidInput(explain(f"{file} is not UTF-8 ({error.reason})", next_step="convert it to UTF-8")) from None
+
+
+def _parsed_labels(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
         if file.suffix == ".csv":
-            yield from ((number, dict(row)) for number, row in enumerate(csv.DictReader(lines), start=2))
+            reader = csv.DictReader(lines)
+            yield from ((reader.line_num, dict(row)) for row in reader)
             return
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -182,11 +190,13 @@ def _label_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _label(row: dict[str, Any], where: str, widths: dict[str, int]) -> tuple[str, int, str]:
     try:
-        sae, feature, text = str(row["sae"]), int(row["feature"]), str(row["label"])
+        sae, feature, text = row["sae"], int(str(row["feature"])), row["label"]
+        if not (isinstance(sae, str) and isinstance(text, str)):
+            raise TypeError
     except (KeyError, TypeError, ValueError):
         raise InvalidInput(explain(f"{where}: {row} is not a label", accepted="fields sae, feature, label")) from None
     if sae not in widths:
-        raise unknown_name("stored SAE", sae, widths)
+        raise unknown_name("stored SAE", sae, widths, next_step=f"correct {where}")
     if not 0 <= feature < widths[sae]:
         raise InvalidInput(explain(f"{where}: {sae} has no feature {feature}", accepted=f"0 to {widths[sae] - 1}"))
     return sae, feature, text

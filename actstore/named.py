@@ -32,6 +32,7 @@ _TYPES: dict[str, type] = {
     "sae": str,
     "site": str,
     "doc": int,
+    "feature": int,
 }
 
 
@@ -40,7 +41,7 @@ class Parameter:
     """A declared parameter; without a default it must be given."""
 
     name: str
-    kind: str  # "text", "integer", "number", "boolean", or "sae", "site", "doc": one that is stored
+    kind: str  # "text", "integer", "number", "boolean", or "sae", "site", "doc", "feature": one that is stored
     default: Any
     required: bool
     help: str
@@ -144,6 +145,8 @@ def _declarations(file: str, comments: list[str]) -> tuple[list[Parameter], list
         match = _DECLARED.fullmatch(comment)
         if match and match[1] == "needs":
             needs.append((match[2], match[4]))
+        elif match and match[1] in {one.name for one in declared}:
+            raise InvalidInput(explain(f"{file}:{number}: the parameter {match[1]!r} is declared twice"))
         elif match and match[2] in _TYPES:
             declared.append(_parameter(*match.groups()))
         else:
@@ -161,7 +164,7 @@ def _parameter(name: str, kind: str, default: str | None, text: str) -> Paramete
 def _check_use(file: str, declared: list[Parameter], sql: str, lines: list[str]) -> None:
     names, used = {one.name for one in declared}, set(_USED.findall(sql))
     for name in sorted(names ^ used):
-        mark = f"${name}" if name in used else f":{name}"
-        number = next(n for n, line in enumerate(lines, start=1) if mark in line)
+        mark = re.compile(rf"\${name}\b" if name in used else rf"--\s*:{name}\b")
+        number = next(n for n, line in enumerate(lines, start=1) if mark.search(line))
         what = "is used and not declared" if name in used else "is declared and not used"
         raise InvalidInput(explain(f"{file}:{number}: the parameter {name!r} {what}"))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas
     import polars
 
-__all__ = ["Result", "text_table"]
+__all__ = ["Result", "distinct_names", "text_table"]
 
 SHOWN_ROWS = 40  # of a table in a notebook
 CELL_CHARACTERS = 200
@@ -87,6 +87,15 @@ class Result:
         body = "".join(f"<tr>{''.join(f'<td>{_html_cell(row[name])}</td>' for name in row)}</tr>" for row in shown)
         more = "" if len(self) <= SHOWN_ROWS and not self.truncated else f"<p>{_count(self)}</p>"
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
+
+
+def distinct_names(table: pa.Table) -> pa.Table:
+    """Return a table in which every column can be named: a name that comes again gets a number, as in `a, a_1`."""
+    names: list[str] = []
+    for name in table.column_names:
+        numbered = (name if number == 0 else f"{name}_{number}" for number in range(len(table.column_names) + 1))
+        names.append(next(one for one in numbered if one not in names))
+    return table if names == table.column_names else table.rename_columns(names)
 
 
 def text_table(result: Result, *, width: int | None = None) -> str:

@@ -3,7 +3,7 @@
 -- Over plain rows. density is firings divided by rows; quantiles are of the firings' activations; n_dead and n_features
 -- are of the whole SAE. Without a feature, the densest come first.
 -- :sae      sae               the SAE's id
--- :feature  integer = null    one feature only
+-- :feature  feature = null    one feature only
 -- :k        integer = 20      how many features
 SELECT feature, n_firings, density, max_activation, mean_activation, std_activation, p50, p90, p99, label,
        (SELECT count(*) FROM features WHERE sae = $sae AND n_firings = 0) AS n_dead,

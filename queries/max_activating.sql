@@ -3,7 +3,7 @@
 -- With per_document at most so many of each document are shown, the strongest; n_merged then counts all firings of
 -- the feature in that document. Special, template and repeated tokens are left out. Ties go by row.
 -- :sae           sae              the SAE's id
--- :feature       integer          the feature
+-- :feature       feature          the feature
 -- :k             integer = 20     how many
 -- :per_document  integer = 0      at most so many of one document; 0: no limit
 -- :before        integer = 10     tokens shown before

@@ -38,7 +38,7 @@ def prove_saes(
     """
     if not encoders:
         return []
-    head = _head(next(iter(shards)))
+    head = _head(shards)
     runner = ShardRunner(model, encoders, recipe, len(head.values), batch_tokens)
     rivals = {encoder.coder.identity.sae: _rivals(model, encoder) for encoder in encoders}
     runner.capture(head, sorted({site for sites in rivals.values() for site in sites}, key=lambda site: site.depth))
@@ -75,11 +75,17 @@ def _near(site: Site, own: Site) -> bool:
     return abs(site.layer - own.layer) <= 1
 
 
-def _head(shard: TokenShard) -> TokenShard:
-    """Return the first whole sequences of a shard, at most PROOF_ROWS rows of them but at least one."""
-    ends = np.cumsum(sequences_of(shard).lengths)
+def _head(shards: Iterable[TokenShard]) -> TokenShard:
+    """Return the first whole sequences of the corpus, filler left out: at most PROOF_ROWS rows but one sequence."""
+    parts: list[npt.NDArray[np.int32]] = []
+    for shard in shards:
+        parts.append(shard.values[: shard.n_rows])
+        if sum(map(len, parts)) >= PROOF_ROWS:
+            break
+    together = TokenShard(0, np.concatenate(parts))
+    ends = np.cumsum(sequences_of(together).lengths)
     n_rows = int(ends[max(0, int(np.searchsorted(ends, PROOF_ROWS, side="right")) - 1)])
-    return TokenShard(shard.shard, shard.values[:n_rows])
+    return TokenShard(0, together.values[:n_rows])
 
 
 def _spelled(value: float | None) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actstore.errors import UnknownName, explain, unknown_name
+from actstore.errors import InvalidInput, UnknownName, explain, unknown_name
 from actstore.index import SqlFunction
 from actstore.store import StoreReader
 
@@ -99,6 +99,7 @@ class Functions:
 
     def _firings(self, sae: str, rows: npt.NDArray[np.int64]) -> pa.Array:
         self._must_have_sae(sae)
+        self.reader.token_column("seq", rows)  # raises for a row that does not exist
         shards, places = np.divmod(rows, self.reader.shard_rows)
         parts, orders = [], []
         for shard in np.unique(shards):
@@ -114,6 +115,14 @@ class Functions:
             raise unknown_name("stored SAE", sae, sorted(stored), next_step=next_step)
 
     def _lens(self, site: str, rows: npt.NDArray[np.int64], k: int) -> pa.Array:
+        if site == "final":  # as wide as the residual stream, and the norm would be applied twice
+            raise InvalidInput(
+                explain(
+                    "A lens cannot read 'final': it is behind the final norm",
+                    accepted="sites of the residual stream",
+                    next_step="read the last resid_post instead",
+                )
+            )
         top = self.unembed.top(self.vectors(site, rows), k)
         token_ids = pa.array(top.token_ids.reshape(-1))
         fields = [token_ids, self.reader.vocabulary().take(token_ids).cast(pa.string()), top.logprobs.reshape(-1)]

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from actstore.errors import InvalidInput, UnsupportedFormat, explain
+
+if TYPE_CHECKING:
+    import zarr
 
 __all__ = ["TopTokens", "Unembed"]
 
@@ -38,9 +40,7 @@ class Unembed:
 
         Raises UnsupportedFormat for a norm that this release does not know.
         """
-        weight = piece["weight"]
-        assert isinstance(weight, zarr.Array)
-        self._weight = weight
+        self._weight: Any = piece["weight"]
         self._gain = np.asarray(piece["gain"], dtype=np.float32)
         self._softcap: float | None = _optional_float(piece.attrs["softcap"])
         self._epsilon = float(str(piece.attrs["norm_epsilon"]))
@@ -54,7 +54,7 @@ class Unembed:
 
     @property
     def vocabulary_size(self) -> int:
-        return self._weight.shape[0]
+        return int(self._weight.shape[0])
 
     def top(self, rows: npt.NDArray[Any], k: int) -> TopTokens:
         """Return the k likeliest tokens of residual rows (row, d_model) of any float dtype.

@@ -1,0 +1,144 @@
+"""The lens without torch equals the model's own logits, a block of the vocabulary at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from asking_support import SmallStore, reference_model
+from extraction_support import log_softmax
+
+from actstore.errors import InvalidInput, UnsupportedFormat
+from actstore.lenses import Unembed
+from actstore.lenses import unembed as unembed_module
+
+
+class Piece(dict[str, Any]):
+    """A kit piece in memory: arrays by name, and attributes."""
+
+    def __init__(self, weight: Any, gain: np.ndarray, softcap: float | None = 30.0, norm: str = "rms") -> None:
+        super().__init__(weight=weight, gain=gain)
+        self.attrs = {"softcap": softcap, "norm_epsilon": 1e-6, "norm": norm}
+
+
+def made(weight: Any, gain: np.ndarray, **attributes: Any) -> Unembed:
+    return Unembed(Piece(weight, gain, **attributes))  # type: ignore[arg-type]
+
+
+class WatchedArray:
+    """Stands for an array on the disk that is too large to be read whole."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.reads = values, list[int]()
+        self.shape, self.dtype = values.shape, values.dtype
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        assert isinstance(rows, slice) and rows.start is not None
+        taken = self.values[rows]
+        self.reads.append(len(taken))
+        return taken
+
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
+        raise AssertionError("the whole unembedding was read")
+
+
+def torch_lens(rows: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Return the model's log-probabilities of last residual rows: its own norm, head and cap."""
+    model = reference_model(dtype)
+    with torch.no_grad():
+        logits = model.lm_head(model.model.norm(torch.from_numpy(rows).to(dtype))).float()
+    return log_softmax((30 * torch.tanh(logits / 30)).numpy())
+
+
+@pytest.fixture
+def piece(small: SmallStore) -> Any:
+    return small.truth.reader.kit_piece("unembedding")
+
+
+@pytest.mark.parametrize("tokens_per_block", [100, 1663, 1664, 8192])
+@pytest.mark.parametrize("k", [1, 7, 1664])
+def test_the_last_layers_lens_is_the_models_prediction(
+    small: SmallStore, piece: Any, monkeypatch: pytest.MonkeyPatch, tokens_per_block: int, k: int
+) -> None:
+    monkeypatch.setattr(unembed_module, "TOKENS_PER_BLOCK", tokens_per_block)
+    monkeypatch.setattr(unembed_module, "ROWS_PER_BLOCK", 30)
+    rows = small.truth.matrix("sites/resid_post.5")[:100]
+    top = Unembed(piece).top(rows, k)
+    expected = torch_lens(rows, torch.float32)
+    ordered = -np.sort(-expected, axis=1)[:, :k]
+    np.testing.assert_allclose(top.logprobs, ordered, rtol=1e-4, atol=2e-4)
+    np.testing.assert_allclose(
+        np.take_along_axis(expected, top.token_ids.astype(np.int64), 1), ordered, rtol=1e-4, atol=2e-4
+    )
+    assert (str(top.token_ids.dtype), str(top.logprobs.dtype)) == ("int32", "float32")
+    assert all(len(set(ids)) == k for ids in top.token_ids.tolist())
+
+
+def test_it_agrees_with_what_the_model_stored_at_extraction(small: SmallStore, piece: Any) -> None:
+    truth = small.truth
+    top = Unembed(piece).top(truth.matrix("sites/resid_post.5"), 1)
+    np.testing.assert_allclose(np.exp(top.logprobs[:, 0]), truth.matrix("predictions/values")[:, 2], rtol=1e-4)
+
+
+def test_a_bfloat16_kit_rounds_as_the_model_does(small: SmallStore) -> None:
+    rows = small.truth.matrix("sites/resid_post.5")[:64].astype(ml_dtypes.bfloat16)
+    model = reference_model(torch.bfloat16)
+    weight = model.lm_head.weight.detach().float().numpy().astype(ml_dtypes.bfloat16)
+    gain = 1 + model.model.norm.weight.detach().float().numpy()
+    with torch.no_grad():  # the model would round its logits to 8 bits; here they stay as the sum gives them
+        normed = model.model.norm(torch.from_numpy(rows.astype(np.float32)).bfloat16()).float()
+        exact = normed @ model.lm_head.weight.float().T
+    expected = log_softmax((30 * torch.tanh(exact / 30)).numpy())
+    top = made(weight, gain).top(rows, 5)
+    np.testing.assert_allclose(top.logprobs, -np.sort(-expected, axis=1)[:, :5], atol=1e-4)
+
+
+def test_without_a_cap_logits_are_not_bent() -> None:
+    random = np.random.default_rng(0)
+    weight, rows = random.normal(size=(50, 8)).astype(np.float32) * 20, random.normal(size=(6, 8)).astype(np.float32)
+    normed = rows / np.sqrt((rows.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-6)
+    for softcap, bent in ((None, normed @ weight.T), (5.0, 5 * np.tanh(normed @ weight.T / 5))):
+        top = made(weight, np.ones(8, np.float32), softcap=softcap).top(rows, 50)
+        np.testing.assert_allclose(np.sort(top.logprobs), np.sort(log_softmax(bent)), rtol=1e-3, atol=1e-3)
+
+
+def test_equal_logits_go_by_token_id() -> None:
+    weight = np.ones((40, 4), np.float32)
+    assert (
+        made(weight, np.ones(4, np.float32)).top(np.ones((2, 4), np.float32), 40).token_ids.tolist()
+        == [[*range(40)]] * 2
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_the_unembedding_is_never_widened_whole(monkeypatch: pytest.MonkeyPatch, dtype: Any) -> None:
+    monkeypatch.setattr(unembed_module, "TOKENS_PER_BLOCK", 64)
+    weight = WatchedArray(np.random.default_rng(0).normal(size=(1000, 6)).astype(dtype))
+    made(weight, np.ones(6, np.float32)).top(np.ones((3, 6), np.float32), 4)
+    assert max(weight.reads) <= 64
+    assert sum(weight.reads) == 1000
+
+
+def test_no_rows_have_an_answer_of_no_rows() -> None:
+    top = made(np.ones((9, 4), np.float32), np.ones(4, np.float32)).top(np.empty((0, 4), np.float32), 3)
+    assert top.token_ids.shape == top.logprobs.shape == (0, 3)
+
+
+@pytest.mark.parametrize(("k", "accepted"), [(0, "1 to 9"), (-2, "1 to 9"), (10, "1 to 9")])
+def test_a_k_that_cannot_be_is_refused(k: int, accepted: str) -> None:
+    with pytest.raises(InvalidInput, match=f"k is {k}.*{accepted}"):
+        made(np.ones((9, 4), np.float32), np.ones(4, np.float32)).top(np.ones((1, 4), np.float32), k)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (4,)])
+def test_rows_of_another_width_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInput, match=r"Accepted: \(row, 4\)"):
+        made(np.ones((9, 4), np.float32), np.ones(4, np.float32)).top(np.ones(shape, np.float32), 1)
+
+
+def test_an_unknown_norm_is_refused() -> None:
+    with pytest.raises(UnsupportedFormat, match="'layer'"):
+        made(np.ones((9, 4), np.float32), np.ones(4, np.float32), norm="layer")
