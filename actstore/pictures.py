@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from .errors import QueryError, explain
 from .results import Result
 
 __all__ = ["lens_grid"]
@@ -15,13 +16,20 @@ SHADES = " ░▒▓█"  # probability in fifths: readable without colour
 def lens_grid(result: Result, *, first: int = 0, last: int | None = None) -> str:
     """Return the answer of the query `logit_lens` as a grid: a line per site, deepest on top, a column per position.
 
-    Each cell has the likeliest next token and a shade for its probability, in fifths.
+    Each cell has the likeliest next token and a shade for its probability, in fifths. Raises QueryError for no rows.
     """
     rows = [
         row
         for row in result.rows()
         if row["rank"] == 1 and first <= row["pos"] and (last is None or row["pos"] <= last)
     ]
+    if not rows:
+        raise QueryError(
+            explain(
+                "There is nothing to show: no residual site and no lens is stored, or no position is asked for",
+                next_step="actstore extract MODEL --into STORE --lens 5, or --site 'resid_post.*'",
+            )
+        )
     layers = {row["site"]: row["layer"] for row in rows}
     positions = sorted({(row["row"], row["pos"], row["input"]) for row in rows})
     cells = {(row["site"], row["row"]): _cell(row["token"], row["logprob"]) for row in rows}

@@ -69,6 +69,7 @@ def display_vocabulary(
 ) -> list[str]:
     """Return the display text of every id from 0 to the largest; ids without a token get "".
 
+    A byte's token is shown as its character only where no ordinary token is.
     Special tokens stay as they are; so do all added tokens of a byte-level tokenizer, which holds them as plain text.
     """
     spelling = Spelling.of(description)
@@ -77,7 +78,18 @@ def display_vocabulary(
     texts = [""] * (max(vocabulary.values(), default=-1) + 1)
     for token, token_id in vocabulary.items():
         texts[token_id] = token if token_id in verbatim else spelling.text_of(token)
+    if spelling.byte_fallback:
+        _tell_bytes_apart(texts, vocabulary)
     return texts
+
+
+def _tell_bytes_apart(texts: list[str], vocabulary: Mapping[str, int]) -> None:
+    """Show `<0x41>` as it is spelled where an ordinary token is shown as "A": the byte's token is then never used."""
+    bytes_ids = {token_id for token, token_id in vocabulary.items() if _BYTE_TOKEN.fullmatch(token)}
+    ordinary = {text for token_id, text in enumerate(texts) if token_id not in bytes_ids}
+    for token, token_id in vocabulary.items():
+        if token_id in bytes_ids and texts[token_id] in ordinary:
+            texts[token_id] = token
 
 
 def _components(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
