@@ -56,7 +56,7 @@ def index(store: Path, report: Report = silent, *, memory_bytes: int = 2 << 30) 
             StoreReader(store),
             directory,
             memory_bytes=memory_bytes,
-            progress=lambda doing, done, total: report(f"indexing {doing}", done, total, ""),
+            progress=lambda what, done, total: report("indexing", done, total, f"shards of {what}"),
             lock=exclusive(store),
             compact=True,
         )

@@ -124,22 +124,25 @@ def progress() -> Iterator[Report]:
                 return
             if doing not in tasks:
                 tasks[doing] = bars.add_task(doing, total=total, unit=unit)
-            bars.update(tasks[doing], completed=done, total=total)
+            bars.update(tasks[doing], completed=done, total=total, unit=unit)
 
         yield report
 
 
 class _Lines:
-    """Progress as lines: the first and last of each thing, and one every few seconds between."""
+    """Progress as lines: the first of each thing, its end, and one every few seconds between."""
 
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
+        self._ended: set[str] = set()
 
     def __call__(self, doing: str, done: int, total: int | None, unit: str) -> None:
         now = time.monotonic()
-        finished = total is not None and done >= total
-        if finished or now - self._last.get(doing, 0.0) > LINE_SECONDS:
+        # A thing that has parts, such as an index, ends several times: once is enough.
+        ends = total is not None and done >= total and doing not in self._ended
+        if ends or now - self._last.get(doing, 0.0) > LINE_SECONDS:
             self._last[doing] = now
+            self._ended |= {doing} if ends else set()
             of = "" if total is None else f" of {total}"
             click.echo(f"{doing}: {done}{of} {unit}".rstrip() if done or total else doing, err=True)
 
