@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InvalidInput, MissingInput, StoreBusy, explain, unknown_name
+from .errors import InvalidInput, MissingInput, explain, unknown_name
 from .index import Catalog, build_index, find_orphans, gc_index, verify_index
 from .progress import Report, silent
 from .sealed import write_sealed
@@ -17,6 +17,8 @@ from .store import StoreReader, StoreWriter, Verification, exclusive, sweep_stor
 
 if TYPE_CHECKING:
     from .extraction import Outcome
+
+LOCK_SECONDS = 3600.0  # another process may be tokenising a large corpus, or indexing
 
 __all__ = ["collect_garbage", "drop", "extract_and_index", "index", "label", "verify"]
 
@@ -38,26 +40,24 @@ def extract_and_index(*, report: Report = silent, with_index: bool = True, **opt
     request = Request(**options)
     outcome = extract(request, report)
     if with_index and outcome.complete:
-        try:
-            index(request.out, report)
-        except StoreBusy:
-            report("indexing is being done by another process", 0, None, "")
+        # Whoever indexes at this moment may not see what we have just made: wait for it, then look again.
+        index(request.out, report, wait_seconds=LOCK_SECONDS)
     return outcome
 
 
-def index(store: Path, report: Report = silent, *, memory_bytes: int = 2 << 30) -> Catalog:
+def index(store: Path, report: Report = silent, *, memory_bytes: int = 2 << 30, wait_seconds: float = 5.0) -> Catalog:
     """Build or extend the index of a local store from its truth; compacts where an SAE has too many parts.
 
     Raises StoreBusy where another process published an index meanwhile.
     """
     directory = local(store) / "index"
-    with exclusive(store, "index.lock", wait_seconds=5):
+    with exclusive(store, "index.lock", wait_seconds=wait_seconds):
         return build_index(
             StoreReader(store),
             directory,
             memory_bytes=memory_bytes,
             progress=lambda what, done, total: report("indexing", done, total, f"shards of {what}"),
-            lock=exclusive(store),
+            lock=exclusive(store, wait_seconds=LOCK_SECONDS),  # an appended corpus may be being tokenised
             compact=True,
         )
 
@@ -94,7 +94,8 @@ def collect_garbage(store: Path) -> list[str]:
     root = local(store)
     removed = sweep_store(root)
     if (root / "index").is_dir():
-        removed += [f"index/{name}" for name in gc_index(root / "index", lock=exclusive(root))]
+        with exclusive(root, "index.lock"):  # a build that has not published yet owns parts that nothing names
+            removed += [f"index/{name}" for name in gc_index(root / "index", lock=exclusive(root))]
     return removed
 
 

@@ -30,6 +30,7 @@ class CorpusIdentity:
     """Which text and how it became rows: the first segment's documents, the tokenizer and the window."""
 
     documents_digest: str  # sha256 over the canonical JSON of every document of segment 0, in order
+    max_tokens: int | None  # where the first segment was cut off
     tokenizer_digest: str
     context: int  # tokens of a window, BOS included
     stride: int  # tokens from one window's first text token to the next one's
@@ -92,8 +93,12 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """Identity of the pass: SHA-256 of the recipe's canonical JSON."""
-        return digest_of(self.to_json())
+        """Identity of the pass: SHA-256 of the recipe's canonical JSON without the model's name.
+
+        A model of this name elsewhere, or a folder renamed, has the same weights digest or is another model.
+        """
+        body = self.to_json()
+        return digest_of({**body, "model": {key: body["model"][key] for key in body["model"] if key != "name"}})
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as plain JSON values."""

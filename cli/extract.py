@@ -93,6 +93,11 @@ def extract(
         f"Pass {outcome.pass_id} is {state}. Made {outcome.n_shards_made} shards, {outcome.n_rows_made} tokens "
         f"in {outcome.seconds:.1f} s ({speed:.0f} tokens/s)."
     )
+    if outcome.unfinished:
+        click.echo(
+            f"Other passes lack shards: {', '.join(outcome.unfinished)}. Run the commands that made them again "
+            f"(their recipes: actstore sql {asked['out']} 'SELECT pass, recipe FROM passes')."
+        )
     click.echo(f"Next: actstore info {asked['out']}")
 
 

@@ -162,7 +162,7 @@ def test_a_lens_with_several_ks_in_one_question(opened: Store, small: SmallStore
         ("act('pattern.1', 0)", "actstore extract MODEL --into STORE --site pattern.1"),
         ("firings('nothing', 0)", RES),
         ("logit_lens('z.2', 0, 1)", "the residual stream"),
-        ("logit_lens('final', 0, 1)", "behind the final norm"),
+        ("logit_lens('final', 0, 1)", "before the final norm"),
         ("logit_lens('resid_post.1', 0, 0)", "k is 0"),
         ("logit_lens('resid_post.1', 0, 9999)", "1 to 1664"),
     ],

@@ -55,7 +55,8 @@ def torch_lens(rows: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 @pytest.fixture
 def piece(small: SmallStore) -> Any:
-    return small.truth.reader.kit_piece("unembedding")
+    reader = small.truth.reader
+    return reader.kit_piece(reader.kit_digest("unembedding", "sites/resid_post.1"))
 
 
 @pytest.mark.parametrize("tokens_per_block", [100, 1663, 1664, 8192])

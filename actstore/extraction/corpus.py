@@ -23,6 +23,7 @@ class _Watch:
 
     report: Report
     doing: str
+    max_tokens: int | None
     digest: DocumentsDigest = field(default_factory=DocumentsDigest)
     n_documents: int = 0
     n_replaced: int = 0
@@ -47,6 +48,7 @@ class _Watch:
             "documents_digest": self.digest.hexdigest(),
             "replaced_surrogates": self.n_replaced,
             "empty_documents": self.n_empty,
+            "max_tokens": self.max_tokens,
         }
 
 
@@ -60,7 +62,7 @@ def store_segment(
     writer: StoreWriter, request: Request, dataset: Any, tokenizer: TokenizerHandle, report: Report
 ) -> Segment:
     """Read, tokenise and store a dataset as the next segment; call with the store's lock held."""
-    watch = _Watch(report, "tokenising")
+    watch = _Watch(report, "tokenising", request.max_tokens)
     layout = writer.layout
     batches = lay_out(
         _documents(request, dataset),
@@ -79,7 +81,7 @@ def count_rows(
     request: Request, tokenizer: TokenizerHandle, window: Window, shard_rows: int, report: Report
 ) -> tuple[int, int, int]:
     """Return how many documents, rows and shards a dataset makes, without storing anything."""
-    watch = _Watch(report, "counting tokens")
+    watch = _Watch(report, "counting tokens", request.max_tokens)
     batches = lay_out(
         _documents(request, request.dataset), tokenizer, window, shard_rows=shard_rows, max_tokens=request.max_tokens
     )
@@ -88,13 +90,13 @@ def count_rows(
     return watch.n_documents, watch.n_rows, watch.n_shards
 
 
-def digest_of_dataset(request: Request, dataset: Any, n_documents: int) -> str:
+def digest_of_dataset(request: Request, dataset: Any, n_documents: int, *, cut: bool) -> str:
     """Return the digest of a dataset's documents, to compare with a stored segment of `n_documents`.
 
-    Where `--max-tokens` cut the corpus, only as many documents are read as were stored.
+    Where the segment was `cut` by `--max-tokens`, only as many documents are read as were stored.
     """
     digest = DocumentsDigest()
-    limit = n_documents if request.max_tokens is not None else None
+    limit = n_documents if cut else None
     for document in itertools.islice(_documents(request, dataset), limit):
         digest.update(document)
     return digest.hexdigest()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from actstore.corpus import TokenizerHandle
-from actstore.errors import InvalidInput, RecipeMismatch, explain, unknown_name
+from actstore.errors import InvalidInput, RecipeMismatch, explain
 from actstore.models import LoadedModel, ModelDescription
 from actstore.recipe import CorpusIdentity, ModelIdentity, Recipe, SaeIdentity
 from actstore.sites import Site, expand_sites
@@ -18,7 +18,6 @@ from .request import Request
 __all__ = [
     "corpus_identity",
     "find_pass",
-    "known_site",
     "lens_sites",
     "make_recipe",
     "pass_id_of",
@@ -33,10 +32,13 @@ def pass_id_of(recipe: Recipe) -> str:
     return recipe.digest[:PASS_DIGITS]
 
 
-def corpus_identity(store: StoreFile, tokenizer: TokenizerHandle, documents_digest: str) -> CorpusIdentity:
+def corpus_identity(
+    store: StoreFile, tokenizer: TokenizerHandle, documents_digest: str, max_tokens: int | None
+) -> CorpusIdentity:
     """Return which text a pass stands on, and how it became rows."""
     return CorpusIdentity(
         documents_digest=documents_digest,
+        max_tokens=max_tokens,
         tokenizer_digest=tokenizer.digest,
         context=store.context,
         stride=store.stride,
@@ -48,17 +50,17 @@ def corpus_identity(store: StoreFile, tokenizer: TokenizerHandle, documents_dige
 def lens_sites(request: Request, model: LoadedModel | ModelDescription) -> tuple[Site, ...]:
     """Return the sites that the lens reads: those asked for, else every `resid_post`.
 
-    Raises InvalidInput for a site that is not as wide as the residual stream.
+    Raises InvalidInput for a site that is not the residual stream itself.
     """
     if not request.lens_k:
         return ()
     chosen = expand_sites(request.lens_sites or ("resid_post.*",), model.sites())
     for site in chosen:
-        if model.site_width(site) != model.facts.d_model or site.kind == "final":
+        if not site.kind.startswith("resid_"):
             raise InvalidInput(
                 explain(
                     f"A lens cannot read {site}",
-                    accepted=f"sites of the residual stream, {model.facts.d_model} wide, before the final norm",
+                    accepted="resid_pre, resid_mid and resid_post",
                     next_step="for example --lens-site 'resid_post.*'",
                 )
             )
@@ -80,16 +82,12 @@ def make_recipe(
         raise InvalidInput(
             explain(f"--lens {request.lens_k} is too many", accepted=f"at most {model.facts.vocabulary_size} tokens")
         )
-    predictions = request.predictions
-    if predictions is None:
-        # A further pass has no need to predict again; the first pass keeps its choice when it is resumed.
-        predictions = not (request.into and "predictions" in layout.artifacts)
-    return Recipe(
+    recipe = Recipe(
         model=identity,
         corpus=corpus,
         sites=tuple(map(str, expand_sites(request.sites, model.sites()))),
         saes=coders,
-        predictions=predictions,
+        predictions=True if request.predictions is None else request.predictions,
         lens_k=request.lens_k,
         lens_sites=tuple(map(str, lens_sites(request, model))),
         compute_dtype=compute_dtype,
@@ -98,6 +96,14 @@ def make_recipe(
         encode_special=request.encode_special,
         tile_rows=_tile_rows(corpus.shard_rows),
     )
+    return _without_repeating(recipe, layout) if request.into and request.predictions is None else recipe
+
+
+def _without_repeating(recipe: Recipe, layout: Layout) -> Recipe:
+    """Return a further pass's recipe: as it was begun, else with predictions only where the store has none."""
+    without = replace(recipe, predictions=False)
+    begun = [one for one in (recipe, without) if pass_id_of(one) in layout.passes]
+    return begun[0] if begun else without if "predictions" in layout.artifacts else recipe
 
 
 def _tile_rows(shard_rows: int) -> int:
@@ -157,10 +163,3 @@ def refuse_again(made: PassFile, layout: Layout) -> None:
                     next_step=f"leave it out, or first: actstore drop STORE {artifact}",
                 )
             )
-
-
-def known_site(name: str, existing: Iterable[Site]) -> None:
-    """Raise UnknownName where a site that an SAE reads does not exist on this model."""
-    names = [str(site) for site in existing]
-    if name not in names:
-        raise unknown_name("site", name, names, next_step="is this SAE for another model?")

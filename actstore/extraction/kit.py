@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 UNEMBEDDING = "unembedding"
+WRITTEN_AS_THEY_ARE = frozenset({"resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"})
 TOP_TOKENS = 10  # of a feature, at each end
 LOGITS_PER_BLOCK = 1 << 24
 
@@ -62,7 +63,10 @@ def write_feature_logits(root: Path, model: LoadedModel, encoders: Sequence[SaeE
     """Write each SAE's most raised and most lowered tokens; return the files with their proofs."""
     proofs = {}
     for encoder in encoders:
-        token_ids, logits = feature_logits(model, encoder)
+        found = feature_logits(model, encoder)
+        if found is None:
+            continue
+        token_ids, logits = found
         axes = ("feature", "rank")
         data = encode_bundle({"token_ids": (token_ids, axes), "logits": (logits, axes)}, {"n_top": TOP_TOKENS})
         name = f"firings/{encoder.coder.identity.sae}/feature_logits.zip"
@@ -70,17 +74,23 @@ def write_feature_logits(root: Path, model: LoadedModel, encoders: Sequence[SaeE
     return proofs
 
 
-def feature_logits(model: LoadedModel, encoder: SaeEncoder) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+def feature_logits(
+    model: LoadedModel, encoder: SaeEncoder
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]] | None:
     """Return token ids int32 and logits float32 (feature, rank): first the highest, falling, then the lowest, rising.
 
     Direction · final-norm gain · unembeddingᵀ, before the soft cap, minus the vocabulary's mean: a constant shift says
     nothing. The direction is the decoder row; for `z` it goes through W_O and the post-norm's gain first. Norm scales
-    are left out: they depend on the row and do not change the order of tokens.
+    are left out: they depend on the row and do not change the order of tokens. None where what the SAE reads is not
+    written into the residual stream: normalised inputs, queries, neurons.
     """
     import torch
 
     unembedding = model.unembedding()
-    directions = _directions(model, encoder) * unembedding.gain
+    written = _directions(model, encoder)
+    if written is None:
+        return None
+    directions = written * unembedding.gain
     n_top = min(TOP_TOKENS, unembedding.weight.shape[0] // 2)
     weight = unembedding.weight
     size = max(1, LOGITS_PER_BLOCK // weight.shape[0])
@@ -94,17 +104,18 @@ def feature_logits(model: LoadedModel, encoder: SaeEncoder) -> tuple[npt.NDArray
     return torch.cat(ids).numpy(), torch.cat(values).numpy()
 
 
-def _directions(model: LoadedModel, encoder: SaeEncoder) -> torch.Tensor:
-    """Return what each feature writes into the residual stream: float32 (feature, d_model)."""
+def _directions(model: LoadedModel, encoder: SaeEncoder) -> torch.Tensor | None:
+    """Return what each feature writes into the residual stream: float32 (feature, d_model); None where it does not."""
     import torch
 
-    directions = torch.from_numpy(encoder.coder.w_dec).to(model.device)
     site = parse_site(encoder.coder.identity.site)
-    if site.kind != "z":
+    directions = torch.from_numpy(encoder.coder.w_dec).to(model.device)
+    if site.kind in WRITTEN_AS_THEY_ARE:
         return directions
-    assert site.layer is not None
+    if site.layer is None or site.kind not in ("z", "attn_out_raw"):
+        return None
     w_o, gain = model.attention_output(site.layer)
-    written = directions @ w_o.float()
+    written = directions @ w_o.float() if site.kind == "z" else directions
     return written if gain is None else written * gain
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from actstore.blocks import FiringsSpec, MatrixSpec, artifact_of
+from actstore.blocks import LENS_VALUES, FiringsSpec, MatrixSpec, artifact_of
 from actstore.errors import NoSpace, explain
 
 __all__ = ["BYTES_PER_FIRING", "BYTES_PER_INDEX_FIRING", "Plan", "Size", "check_disk", "estimate"]
@@ -16,7 +16,9 @@ __all__ = ["BYTES_PER_FIRING", "BYTES_PER_INDEX_FIRING", "Plan", "Size", "check_
 # Measured by benchmarks/extract.py and benchmarks/query.py; see docs/benchmarks.md.
 BYTES_PER_FIRING = 3.5
 BYTES_PER_INDEX_FIRING = 4.3
-BYTES_PER_INDEX_ROW = {"corpus/tokens": 16.0, "predictions": 16.0, "reconstruction": 12.0}
+BYTES_PER_INDEX_ROW = {"predictions": 19.0, "reconstruction": 11.0}
+BYTES_PER_INDEX_LENS = 20.0, 12.0  # a row, and each of its k tokens
+BYTES_PER_TOKEN = 24.0, 16.0  # of the corpus: tokens and text, and their index
 ASSUMED_L0 = 100.0  # where a source does not declare one: what Gemma Scope's canonical SAEs aim at
 DISK_SHARE = 0.9
 
@@ -61,11 +63,15 @@ def estimate(
     firings: tuple[FiringsSpec, ...],
     l0: dict[str, float | None],
     kit_bytes: int,
+    with_corpus: bool,
     out: Path,
 ) -> Plan:
     """Return the plan of a pass; `l0` is each SAE's declared mean number of firings a row."""
     sizes: dict[str, float] = {}
-    index = n_rows * sum(BYTES_PER_INDEX_ROW.get(spec.path.split("/")[0], 0.0) for spec in matrices)
+    index = n_rows * sum(_index_bytes_a_row(spec) for spec in matrices)
+    if with_corpus:
+        sizes["corpus"] = n_rows * BYTES_PER_TOKEN[0]
+        index += n_rows * BYTES_PER_TOKEN[1]
     for spec in matrices:
         item_bytes = 2 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).itemsize
         sizes[artifact_of(spec.path)] = sizes.get(artifact_of(spec.path), 0) + n_rows * spec.n_columns * item_bytes
@@ -77,6 +83,14 @@ def estimate(
     return Plan(n_documents, n_rows, n_shards, artifacts, int(index), kit_bytes, free_bytes(out))
 
 
+def _index_bytes_a_row(spec: MatrixSpec) -> float:
+    """Return what the index takes for a row of a matrix; dense sites are not in it."""
+    kind = spec.path.split("/")[0]
+    if kind == "lens" and spec.path.endswith("/values"):
+        return BYTES_PER_INDEX_LENS[0] + (spec.n_columns - len(LENS_VALUES)) * BYTES_PER_INDEX_LENS[1]
+    return BYTES_PER_INDEX_ROW.get(kind, 0.0) if not spec.path.endswith("/ids") else 0.0
+
+
 def free_bytes(path: Path) -> int:
     """Return the free space where a path is, or will be."""
     existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
@@ -86,7 +100,7 @@ def free_bytes(path: Path) -> int:
 def check_disk(plan: Plan, *, force: bool) -> None:
     """Raise NoSpace where a plan would take more than 90 % of the free disk, unless `force`."""
     if plan.total_bytes > DISK_SHARE * plan.free_bytes and not force:
-        largest = max(plan.artifacts, key=lambda size: size.n_bytes)
+        largest = max(plan.artifacts, key=lambda size: size.n_bytes)  # a pass makes one at least
         raise NoSpace(
             explain(
                 f"The extraction would take about {plan.total_bytes / 1e9:.1f} GB "

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from actstore.corpus import TokenizerHandle, Window, load_tokenizer
-from actstore.errors import InvalidInput, MissingInput, explain
+from actstore.errors import InvalidInput, MissingInput, explain, unknown_name
 from actstore.models import LoadedModel, ModelDescription, describe_model
 from actstore.progress import Report, silent
 from actstore.recipe import CorpusIdentity, ModelIdentity, Recipe, SaeIdentity
 from actstore.saes import ResolvedSae, expand_sae_arguments, sae_sizes
-from actstore.store import Layout
+from actstore.store import Layout, StoreReader
 
+from .checks import check_tokenizer
 from .corpus import count_rows
-from .identity import known_site, make_recipe
+from .identity import make_recipe
 from .kit import kit_bytes
 from .plan import Plan, estimate
 from .request import DEFAULT_BATCH_TOKENS, DEFAULT_SHARD_ROWS, Request
@@ -24,25 +25,42 @@ UNKNOWN = ""  # a digest that only the weights or the whole text could tell; the
 
 def plan_extraction(request: Request, report: Report = silent) -> Plan:
     """Return what an extraction will cost; reads configuration and text, loads no weights."""
-    if request.dataset is None:
+    model = describe_model(request.model, revision=request.revision)
+    tokenizer = tokenizer_of(request)
+    check_tokenizer(tokenizer, model)
+    if request.into or (request.dataset is None and request.append is None):
+        return _plan_over_stored(request, model, tokenizer)
+    window = request.window
+    shard_rows = request.shard_rows or DEFAULT_SHARD_ROWS
+    recipe = _draft(request, model, tokenizer, window, shard_rows, Layout())
+    n_documents, n_rows, n_shards = count_rows(request, tokenizer, window, shard_rows, report)
+    return estimate_of(request, model, recipe, n_documents, n_rows, n_shards, with_corpus=True)
+
+
+def _plan_over_stored(request: Request, model: ModelDescription, tokenizer: TokenizerHandle) -> Plan:
+    """Return the plan of a further pass over a corpus that is stored."""
+    if not (request.out / "store.json").exists():
         raise MissingInput(
             explain("No dataset was given to plan for", next_step="actstore extract MODEL DATASET --out STORE --plan")
         )
-    model = describe_model(request.model, revision=request.revision)
-    tokenizer = tokenizer_of(request)
-    window = request.window
-    shard_rows = request.shard_rows or DEFAULT_SHARD_ROWS
-    recipe = _draft(request, model, tokenizer, window, shard_rows)
-    n_documents, n_rows, n_shards = count_rows(request, tokenizer, window, shard_rows, report)
-    return estimate_of(request, model, recipe, n_documents, n_rows, n_shards)
+    reader = StoreReader(request.out)
+    store, layout = reader.store, reader.layout
+    recipe = _draft(request, model, tokenizer, Window(store.context, store.stride), store.shard_rows, layout)
+    return estimate_of(request, model, recipe, layout.n_docs, layout.n_rows, layout.n_shards)
 
 
 def _draft(
-    request: Request, model: ModelDescription, tokenizer: TokenizerHandle, window: Window, shard_rows: int
+    request: Request,
+    model: ModelDescription,
+    tokenizer: TokenizerHandle,
+    window: Window,
+    shard_rows: int,
+    layout: Layout,
 ) -> Recipe:
     facts = model.facts
     corpus = CorpusIdentity(
         documents_digest=UNKNOWN,
+        max_tokens=request.max_tokens,
         tokenizer_digest=tokenizer.digest,
         context=window.context,
         stride=window.text_stride(has_bos=tokenizer.bos_id is not None),
@@ -57,9 +75,11 @@ def _draft(
         weights_digest=UNKNOWN,
     )
     saes = [_planned(one) for one in expand_sae_arguments(request.saes)]
+    existing = [str(site) for site in model.sites()]
     for coder in saes:
-        known_site(coder.site, model.sites())
-    return make_recipe(request, model, identity, request.dtype or facts.checkpoint_dtype, saes, corpus, Layout())
+        if coder.site not in existing:
+            raise unknown_name("site", coder.site, existing, next_step="is this SAE for another model?")
+    return make_recipe(request, model, identity, request.dtype or facts.checkpoint_dtype, saes, corpus, layout)
 
 
 def _planned(one: ResolvedSae) -> SaeIdentity:
@@ -82,8 +102,10 @@ def estimate_of(
     n_documents: int,
     n_rows: int,
     n_shards: int,
+    *,
+    with_corpus: bool = False,
 ) -> Plan:
-    """Return the plan of a recipe over so many rows."""
+    """Return the plan of a recipe over so many rows; `with_corpus` counts what storing the text takes."""
     facts = model.facts
     return estimate(
         n_documents=n_documents,
@@ -93,6 +115,7 @@ def estimate_of(
         firings=firings_of(recipe),
         l0={coder.sae: coder.declared_l0 for coder in recipe.saes},
         kit_bytes=kit_bytes(facts.vocabulary_size, facts.d_model, 2 if recipe.compute_dtype == "bfloat16" else 4),
+        with_corpus=with_corpus,
         out=request.out,
     )
 
@@ -112,4 +135,5 @@ def tokenizer_of(request: Request) -> TokenizerHandle:
                 next_step="actstore.extract(model, dataset, tokenizer=tokenizer, out=…)",
             )
         )
-    return load_tokenizer(source, revision=request.revision)
+    # The revision is the model's: another repository has its own.
+    return load_tokenizer(source, revision=request.revision if request.tokenizer is None else None)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from actstore.blocks import TokenShard, is_plain
 from actstore.errors import Unhealthy, explain
 from actstore.health import HealthCheck
 from actstore.models import LoadedModel
 from actstore.recipe import Recipe
-from actstore.saes import SaeEncoder, compete, sae_health
+from actstore.saes import ROWS_NEEDED, SaeEncoder, compete, sae_health
 from actstore.sites import Site, parse_site
 
 from .batches import sequences_of
 from .runner import ShardRunner
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["prove_saes"]
 
-PROOF_ROWS = 4096  # at most this many rows run for the proof; it needs 1,024 plain ones
+PROOF_ROWS = 4096  # run for the proof where all are plain; it needs 1,024 plain ones
+MOST_PIECES = 16  # of PROOF_ROWS rows each: overlapping windows have few plain rows
+STOPS = frozenset({"sae_site", "sae_fvu", "sae_finite_rows"})  # what ends a run; other failures are recorded and shown
 
 
 def prove_saes(
@@ -34,33 +39,44 @@ def prove_saes(
 ) -> list[HealthCheck]:
     """Return what the first plain rows prove of every SAE, at its own site and at those of equal width around it.
 
-    Raises Unhealthy where a check fails, naming the better site, unless `allow_unhealthy`.
+    Raises Unhealthy, naming the better site, where another site wins or the FVU exceeds 1, unless `allow_unhealthy`.
     """
     if not encoders:
         return []
-    head = _head(shards)
-    runner = ShardRunner(model, encoders, recipe, len(head.values), batch_tokens)
-    rivals = {encoder.coder.identity.sae: _rivals(model, encoder) for encoder in encoders}
-    runner.capture(head, sorted({site for sites in rivals.values() for site in sites}, key=lambda site: site.depth))
-    plain = np.flatnonzero((head.column("token_id") >= 0) & is_plain(head.column("flags")))
+    pieces = _pieces(shards)
     checks: list[HealthCheck] = []
-    for encoder in encoders:
-        checks += _prove(runner, encoder, rivals[encoder.coder.identity.sae], plain)
-    failed = [check for check in checks if check.ok is False]
+    # A layer at a time: the rivals of all layers together could be larger than the device.
+    for layer in sorted({_own(encoder).depth[0] for encoder in encoders}):
+        here = [encoder for encoder in encoders if _own(encoder).depth[0] == layer]
+        rivals = {encoder.coder.identity.sae: _rivals(model, encoder) for encoder in here}
+        rows = _plain_rows(model, recipe, pieces, {site for sites in rivals.values() for site in sites}, batch_tokens)
+        for encoder in here:
+            candidates = {site: rows[site] for site in rivals[encoder.coder.identity.sae]}
+            checks += sae_health(encoder, candidates[_own(encoder)]) + compete(encoder, candidates)
+    failed = [check for check in checks if check.ok is False and check.name in STOPS]
     if failed and not allow_unhealthy:
         raise Unhealthy(_message(failed))
     return checks
 
 
-def _prove(
-    runner: ShardRunner, encoder: SaeEncoder, rivals: Sequence[Site], plain: npt.NDArray[np.int64]
-) -> list[HealthCheck]:
+def _own(encoder: SaeEncoder) -> Site:
+    return parse_site(encoder.coder.identity.site)
+
+
+def _plain_rows(
+    model: LoadedModel, recipe: Recipe, pieces: Sequence[TokenShard], sites: set[Site], batch_tokens: int
+) -> dict[Site, torch.Tensor]:
+    """Return the plain rows of all pieces at each site: (row, width), on the device."""
     import torch
 
-    index = torch.from_numpy(plain).to(runner.model.device)
-    rows = {site: runner.rows(site).index_select(0, index) for site in rivals}
-    own = rows[parse_site(encoder.coder.identity.site)]
-    return sae_health(encoder, own) + compete(encoder, rows)
+    parts: dict[Site, list[torch.Tensor]] = {site: [] for site in sites}
+    for piece in pieces:
+        runner = ShardRunner(model, (), recipe, len(piece.values), batch_tokens)
+        runner.capture(piece, sorted(sites, key=lambda site: site.depth))
+        plain = torch.from_numpy(np.flatnonzero(is_plain(piece.column("flags")))).to(model.device)
+        for site in sites:
+            parts[site].append(runner.rows(site).index_select(0, plain))
+    return {site: torch.cat(found) for site, found in parts.items()}
 
 
 def _rivals(model: LoadedModel, encoder: SaeEncoder) -> list[Site]:
@@ -75,17 +91,31 @@ def _near(site: Site, own: Site) -> bool:
     return abs(site.layer - own.layer) <= 1
 
 
-def _head(shards: Iterable[TokenShard]) -> TokenShard:
-    """Return the first whole sequences of the corpus, filler left out: at most PROOF_ROWS rows but one sequence."""
-    parts: list[npt.NDArray[np.int32]] = []
-    for shard in shards:
-        parts.append(shard.values[: shard.n_rows])
-        if sum(map(len, parts)) >= PROOF_ROWS:
+def _pieces(shards: Iterable[TokenShard]) -> list[TokenShard]:
+    """Return the first whole sequences of the corpus, filler left out, in pieces of at most PROOF_ROWS rows.
+
+    So many pieces that they have PROOF_ROWS rows and ROWS_NEEDED plain ones, but no more than MOST_PIECES.
+    """
+    pieces: list[TokenShard] = []
+    n_rows = n_plain = 0
+    for piece in (piece for shard in shards for piece in _cut(shard)):
+        pieces.append(piece)
+        n_rows += len(piece.values)
+        n_plain += int(is_plain(piece.column("flags")).sum())
+        if (n_rows >= PROOF_ROWS and n_plain >= ROWS_NEEDED) or len(pieces) == MOST_PIECES:
             break
-    together = TokenShard(0, np.concatenate(parts))
-    ends = np.cumsum(sequences_of(together).lengths)
-    n_rows = int(ends[max(0, int(np.searchsorted(ends, PROOF_ROWS, side="right")) - 1)])
-    return TokenShard(0, together.values[:n_rows])
+    return pieces
+
+
+def _cut(shard: TokenShard) -> Iterator[TokenShard]:
+    """Yield consecutive whole sequences of a shard, at most PROOF_ROWS rows of them but at least one sequence."""
+    bounds = [0, *np.cumsum(sequences_of(shard).lengths).tolist()]
+    first = 0
+    for place in range(1, len(bounds)):
+        is_last = place == len(bounds) - 1
+        if is_last or bounds[place + 1] - bounds[first] > PROOF_ROWS:
+            yield TokenShard(shard.shard, shard.values[bounds[first] : bounds[place]])
+            first = place
 
 
 def _spelled(value: float | None) -> str:

@@ -105,7 +105,7 @@ def _predict(logprobs: torch.Tensor, probabilities: torch.Tensor, targets: torch
     top, top_id = logprobs.max(-1)
     entropy = -(probabilities * logprobs).sum(-1)
     values = torch.stack([_target_logprob(logprobs, targets), entropy, top.exp()], dim=1)
-    return PredictionRows(values, torch.stack([targets, top_id], dim=1).int())
+    return PredictionRows(values, torch.stack([targets, top_id.masked_fill(top.isnan(), -1)], dim=1).int())
 
 
 def _lens(logprobs: torch.Tensor, divergence: torch.Tensor, targets: torch.Tensor, k: int) -> LensRows:
@@ -114,7 +114,7 @@ def _lens(logprobs: torch.Tensor, divergence: torch.Tensor, targets: torch.Tenso
 
     target = _target_logprob(logprobs, targets)
     rank = (logprobs > target[:, None]).sum(-1, dtype=torch.int32) + 1
-    rank = rank.masked_fill(targets < 0, -1)
+    rank = rank.masked_fill(target.isnan(), -1)  # no target, or logits that are not numbers
     top, top_id = logprobs.topk(k, dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     values = torch.cat([torch.stack([target, entropy, divergence], dim=1), top], dim=1)

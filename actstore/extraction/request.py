@@ -52,6 +52,7 @@ class Request:
     force: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out).expanduser())
         if not (self.sites or self.saes or self.lens_k):
             raise InvalidInput(NOTHING_ASKED)
         if not 1 <= self.activation_bits <= MAX_ACTIVATION_BITS:

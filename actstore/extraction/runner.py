@@ -61,8 +61,16 @@ class ShardRunner:
     def run(self, shard: TokenShard) -> ShardBlock:
         """Return everything that the recipe makes of a shard.
 
-        Raises InvalidInput where one sequence alone does not fit the device's memory.
+        Raises InvalidInput where one sequence, or a tile of an SAE, does not fit the device's memory.
         """
+        try:
+            return self._run(shard)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise _too_large("The shard's rows and the SAEs or lenses that read them do not fit", error) from error
+
+    def _run(self, shard: TokenShard) -> ShardBlock:
         splits = self.capture(shard, self.captured())
         matrices = {f"sites/{name}": self._stored(parse_site(name)) for name in self.recipe.sites}
         firings = {}
@@ -102,19 +110,13 @@ class ShardRunner:
 
         try:
             self._forward(batch, sites)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            out_of_memory = str(error).splitlines()[0]
+            if batch.n_sequences == 1:
+                raise _too_large(f"One sequence of {batch.token_ids.shape[1]} tokens does not fit", error) from error
         else:
             return
-        if batch.n_sequences == 1:
-            raise InvalidInput(
-                explain(
-                    f"One sequence of {batch.token_ids.shape[1]} tokens does not fit the memory ({out_of_memory})",
-                    next_step="use a shorter --context, --dtype bfloat16, or a device with more memory",
-                )
-            )
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         splits.append({"batch": number, "n_sequences": batch.n_sequences})
@@ -221,6 +223,15 @@ def _with_filler(values: npt.NDArray[Any], shard_rows: int, filler: float) -> np
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """CUDA has a class for it; the CPU's allocator only a sentence."""
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _too_large(what: str, error: RuntimeError) -> InvalidInput:
+    return InvalidInput(
+        explain(
+            f"{what} the memory ({str(error).splitlines()[0]})",
+            next_step="use a shorter --context, fewer SAEs a pass, --dtype bfloat16, or a device with more memory",
+        )
+    )
 
 
 def _device_name(device: torch.device) -> str:

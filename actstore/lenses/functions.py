@@ -31,6 +31,7 @@ class Functions:
     def __init__(self, reader: StoreReader) -> None:
         self.reader = reader
         self._loading = threading.Lock()  # DuckDB calls from several threads
+        self._unembeds: dict[str, Unembed] = {}
 
     def all(self) -> Sequence[SqlFunction]:
         """Return every function, ready to be registered."""
@@ -115,15 +116,16 @@ class Functions:
             raise unknown_name("stored SAE", sae, sorted(stored), next_step=next_step)
 
     def _lens(self, site: str, rows: npt.NDArray[np.int64], k: int) -> pa.Array:
-        if site == "final":  # as wide as the residual stream, and the norm would be applied twice
+        if not site.startswith("resid_"):  # others may be as wide: the numbers would mean nothing
             raise InvalidInput(
                 explain(
-                    "A lens cannot read 'final': it is behind the final norm",
-                    accepted="sites of the residual stream",
-                    next_step="read the last resid_post instead",
+                    f"A lens cannot read {site!r}: it is not the residual stream before the final norm",
+                    accepted="resid_pre, resid_mid and resid_post",
+                    next_step="for the model's own answer read the last resid_post",
                 )
             )
-        top = self.unembed.top(self.vectors(site, rows), k)
+        vectors = self.vectors(site, rows)
+        top = self.unembed(f"sites/{site}").top(vectors, k)
         token_ids = pa.array(top.token_ids.reshape(-1))
         fields = [token_ids, self.reader.vocabulary().take(token_ids).cast(pa.string()), top.logprobs.reshape(-1)]
         values = pa.StructArray.from_arrays(
@@ -131,11 +133,13 @@ class Functions:
         )
         return pa.ListArray.from_arrays(np.arange(len(rows) + 1, dtype=np.int32) * k, values)
 
-    @cached_property
-    def unembed(self) -> Unembed:
-        """The store's unembedding, opened once."""
+    def unembed(self, artifact: str) -> Unembed:
+        """Return the unembedding of the pass that made an artifact, in that pass's dtype; opened once."""
+        digest = self.reader.kit_digest("unembedding", artifact)
         with self._loading:
-            return Unembed(self.reader.kit_piece("unembedding"))
+            if digest not in self._unembeds:
+                self._unembeds[digest] = Unembed(self.reader.kit_piece(digest))
+            return self._unembeds[digest]
 
     @cached_property
     def _ids_of(self) -> dict[str, list[int]]:

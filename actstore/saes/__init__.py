@@ -7,9 +7,10 @@ from .arguments import ResolvedSae, SaeArgument, expand_sae_arguments, parse_sae
 from .coder import SparseCoder, check_width
 from .encoder import EncodedTile, SaeEncoder, round_mantissa
 from .loading import SaeSizes, load_sae, sae_sizes
-from .proof import compete, sae_health
+from .proof import ROWS_NEEDED, compete, sae_health
 
 __all__ = [
+    "ROWS_NEEDED",
     "EncodedTile",
     "ResolvedSae",
     "SaeArgument",

@@ -1,4 +1,8 @@
-"""The `bfloat16` Zarr data type, found by zarr through the entry-point group `zarr.data_type` (docs/format.md §5)."""
+"""The `bfloat16` Zarr data type (docs/format.md §5).
+
+Importing this module registers it. zarr 3.1 collects entry points of the group `zarr.data_type` but never loads them,
+so a process that knows nothing of us finds it through the group `zarr.buffer`, loaded before a Zarr group is opened.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Who works on what: claims on shards, and the lock of the store (docs/format.md §7).
 
 A claim is a file created exclusively. Its owner touches it while it works; a claim whose owner is dead is taken over.
+Whoever holds claims also shares the lock `claims.lock`; who must know that nobody writes takes it alone.
 """
 
 from __future__ import annotations
@@ -8,21 +9,27 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from actstore.errors import StoreBusy, explain
-from actstore.sealed import canonical_json
+from actstore.sealed import PARTIAL_SUFFIX, canonical_json, translate_full_disk
 
-__all__ = ["HEARTBEAT_SECONDS", "STALE_SECONDS", "Claim", "claim", "exclusive"]
+from .files import make_directory
+
+__all__ = ["CLAIMS", "CLAIMS_LOCK", "HEARTBEAT_SECONDS", "STALE_SECONDS", "Claim", "claim", "exclusive", "no_claims"]
+
+CLAIMS, CLAIMS_LOCK = "claims", "claims.lock"
 
 HEARTBEAT_SECONDS = 5.0
+SWEEP_SECONDS = 600.0  # a sweep that keeps us from claiming proves every byte of the store
 STALE_SECONDS = 120.0  # on another host, where we cannot ask whether the process lives
 
 
@@ -32,16 +39,24 @@ def exclusive(root: Path, name: str = "lock", *, wait_seconds: float = 60.0) -> 
 
     Raises StoreBusy where somebody else holds it for longer than `wait_seconds`.
     """
-    with (root / name).open("a") as file:
-        _flock(file.fileno(), root, wait_seconds)
+    with _flock(root, name, fcntl.LOCK_EX, wait_seconds):
         yield
 
 
-def _flock(descriptor: int, root: Path, wait_seconds: float) -> None:
+@contextmanager
+def _flock(root: Path, name: str, kind: int, wait_seconds: float) -> Iterator[None]:
+    with translate_full_disk(root / name):
+        file = (root / name).open("a")
+    with file:
+        _wait_for(file.fileno(), kind, root, wait_seconds)
+        yield
+
+
+def _wait_for(descriptor: int, kind: int, root: Path, wait_seconds: float) -> None:
     deadline = time.monotonic() + wait_seconds
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             if time.monotonic() > deadline:
@@ -54,11 +69,30 @@ def _flock(descriptor: int, root: Path, wait_seconds: float) -> None:
             time.sleep(0.05)
 
 
+@contextmanager
+def no_claims(root: Path) -> Iterator[None]:
+    """Keep everybody from claiming; the claims that are there are of the dead, and go.
+
+    Raises StoreBusy while a living owner has a claim.
+    """
+    with _flock(root, CLAIMS_LOCK, fcntl.LOCK_EX, 0.0):
+        for path in sorted((root / CLAIMS).glob("*/*.json")):
+            if not _is_dead(path):
+                raise StoreBusy(
+                    explain(
+                        f"{root} is being extracted into (claim {path.relative_to(root)})",
+                        next_step="wait until the extraction has ended, then run the same command again",
+                    )
+                )
+        shutil.rmtree(root / CLAIMS, ignore_errors=True)
+        yield
+
+
 class Claim:
     """The right to write one shard of one pass; a context manager that gives it back."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, held: ExitStack) -> None:
+        self.path, self._held = path, held
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True, name=f"claim {path.name}")
 
@@ -70,6 +104,7 @@ class Claim:
         self._stop.set()
         self._heart.join()
         self.path.unlink(missing_ok=True)
+        self._held.close()
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
@@ -77,29 +112,42 @@ class Claim:
                 os.utime(self.path)
 
 
-def claim(path: Path) -> Claim | None:
-    """Return a claim on what `path` stands for, or None while a living owner has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def claim(path: Path, root: Path) -> Claim | None:
+    """Return a claim on what `path` stands for in the store at `root`, or None while a living owner has it.
+
+    Raises NoSpace where the disk is full.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_flock(root, CLAIMS_LOCK, fcntl.LOCK_SH, SWEEP_SECONDS))
+        while True:
+            # The directory goes when its pass is sealed, which may be while we look at it.
+            with suppress(FileNotFoundError):
+                return Claim(path, stack.pop_all()) if _take(path) else None
+
+
+def _take(path: Path) -> bool:
+    make_directory(path.parent)
     if _create(path):
-        return Claim(path)
+        return True
     with (path.parent / "takeover").open("a") as file:
         # One at a time: else a second taker could remove the claim that the first has just made.
         fcntl.flock(file.fileno(), fcntl.LOCK_EX)
         if _is_dead(path):
             path.unlink(missing_ok=True)
-        return Claim(path) if _create(path) else None
+        return _create(path)
 
 
 def _create(path: Path) -> bool:
     """Create the claim with its owner inside, at once: a claim is never seen without one."""
-    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
-    draft.write_bytes(canonical_json(_owner()))
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL_SUFFIX}")
     try:
-        path.hardlink_to(draft)
+        with translate_full_disk(path):
+            draft.write_bytes(canonical_json(_owner()))
+            path.hardlink_to(draft)
     except FileExistsError:
         return False
     finally:
-        draft.unlink()
+        draft.unlink(missing_ok=True)
     return True
 
 

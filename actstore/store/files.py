@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actstore.sealed import sha256_hex, write_durably
+from actstore.sealed import fsync_directory, sha256_hex, translate_full_disk, write_durably
 
 from .layout import FileProof
 
@@ -18,8 +18,10 @@ __all__ = [
     "ARRAYS",
     "LAYOUT_FILE",
     "STORE_FILE",
-    "matrix_file",
     "firings_file",
+    "is_row_keyed",
+    "make_directory",
+    "matrix_file",
     "manifest_file",
     "metadata_file",
     "pass_file",
@@ -35,6 +37,13 @@ STORE_FILE, LAYOUT_FILE, ARRAYS = "store.json", "layout.json", "arrays"
 def metadata_file(path: str) -> str:
     """Return where the `zarr.json` of an array or group below `arrays/` lies."""
     return f"{ARRAYS}/{path}/zarr.json" if path else f"{ARRAYS}/zarr.json"
+
+
+def is_row_keyed(path: str) -> bool:
+    """Return whether a `zarr.json` is that of an array whose first axis is `row`."""
+    parts = path.split("/")[1:-1]
+    depth = {"corpus": 2, "sites": 2, "predictions": 2, "reconstruction": 2, "lens": 4}.get(parts[0] if parts else "")
+    return depth == len(parts) and parts[:2] != ["corpus", "segments"]
 
 
 def matrix_file(path: str, shard: int) -> str:
@@ -71,10 +80,23 @@ def values_digest(arrays: Iterable[npt.NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
+def make_directory(directory: Path) -> None:
+    """Make a directory, and those above it that are missing, so that their names survive a power loss.
+
+    Raises NoSpace where the disk is full.
+    """
+    if directory.is_dir():
+        return
+    make_directory(directory.parent)
+    with translate_full_disk(directory):
+        directory.mkdir(exist_ok=True)
+        fsync_directory(directory.parent)
+
+
 def prove_and_write(root: Path, name: str, data: bytes, values: Iterable[npt.NDArray[Any]] | None) -> FileProof:
     """Write a file durably; return what proves it."""
     path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     write_durably(path, data)
     return FileProof(len(data), sha256_hex(data), None if values is None else values_digest(values))
 
@@ -85,6 +107,6 @@ def write_groups(root: Path, paths: Iterable[str], group: bytes) -> dict[str, st
     for parent in sorted(parents):
         file = root / metadata_file(parent)
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(file.parent)
             write_durably(file, group)
     return {metadata_file(parent): sha256_hex(group) for parent in parents}

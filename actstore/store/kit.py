@@ -19,6 +19,7 @@ import zarr
 from actstore.sealed import sha256_hex, write_durably
 
 from .bundle import encode_bundle, open_bundle_file
+from .files import make_directory
 from .location import Location
 
 __all__ = ["kit_file", "open_piece", "pack_texts", "unpack_texts", "write_piece"]
@@ -41,7 +42,7 @@ def write_piece(
     digest = sha256_hex(data)
     path = root / kit_file(digest)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         write_durably(path, data)
     return digest
 

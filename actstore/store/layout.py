@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from actstore.blocks import FiringsSpec, MatrixSpec, Segment, artifact_of
 from actstore.errors import UnsupportedFormat, explain
-from actstore.sealed import digest_of
+from actstore.recipe import Recipe
 
 __all__ = ["CORPUS_PASS", "FORMAT", "VERSION", "FileProof", "Layout", "PassFile", "StoreFile"]
 
@@ -133,7 +133,7 @@ class PassFile:
     @property
     def recipe_digest(self) -> str:
         """Identity of the pass."""
-        return digest_of(dict(self.recipe))
+        return Recipe.from_json(self.recipe).digest
 
     def to_json(self) -> dict[str, Any]:
         """Return the body of `pass.json`."""

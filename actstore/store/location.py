@@ -95,14 +95,14 @@ class Location:
             write_durably(cached, data)
         return cached
 
-    def zarr_group(self, name: str) -> zarr.Group:
-        """Return the Zarr group below this store at `name`, read-only."""
+    def zarr_array(self, name: str) -> zarr.Array[Any]:
+        """Return the Zarr array below this store at `name`, read-only; raises what zarr raises."""
         store: Store
         if self.local is not None:
             store = LocalStore(self.local / name, read_only=True)
         else:
             store = FsspecStore.from_url(f"{self.url.rstrip('/')}/{name}", read_only=True)
-        return zarr.open_group(store, mode="r")
+        return zarr.open_array(store, mode="r")
 
     def _full(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root

@@ -8,14 +8,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from actstore.blocks import Segment, ShardBlock
+from actstore.blocks import Segment, ShardBlock, artifact_of
 from actstore.errors import CorruptStore, explain
 from actstore.sealed import fsync_directory, read_sealed, write_sealed
 
 from .arrays import encode_shard
-from .claims import Claim, claim
+from .claims import CLAIMS, Claim, claim
 from .csr import encode_firings, firings_values
-from .files import firings_file, manifest_file, matrix_file, pass_file, prove_and_write, receipt_file
+from .files import (
+    firings_file,
+    make_directory,
+    manifest_file,
+    matrix_file,
+    pass_file,
+    prove_and_write,
+    receipt_file,
+)
 from .layout import FileProof, PassFile
 from .writer import StoreWriter
 
@@ -49,7 +57,7 @@ class PassWriter:
 
     def claim(self, shard: int) -> Claim | None:
         """Return the right to write a shard, or None while another living process has it."""
-        return claim(self.root / "claims" / self.pass_id / f"{shard}.json")
+        return claim(self.root / CLAIMS / self.pass_id / f"{shard}.json", self.root)
 
     def commit(self, block: ShardBlock) -> None:
         """Write everything of one shard durably, then its receipt; call it with the claim held.
@@ -65,13 +73,17 @@ class PassWriter:
             "provenance": dict(block.provenance),
         }
         path = self.root / receipt_file(self.pass_id, block.shard)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         write_sealed(path, receipt)
+
+    def _owns(self, path: str) -> bool:
+        """Return whether the pass still makes this: what was dropped may belong to another pass by now."""
+        return self.writer.layout.artifacts.get(artifact_of(path)) == self.pass_id
 
     def _write_matrices(self, block: ShardBlock) -> dict[str, FileProof]:
         files = {}
         shard_rows = self.writer.store.shard_rows
-        for spec in self.made.matrices:
+        for spec in filter(lambda one: self._owns(one.path), self.made.matrices):
             values = block.matrices[spec.path]
             assert values.shape == (shard_rows, spec.n_columns), (spec.path, values.shape)
             name = matrix_file(spec.path, block.shard)
@@ -80,7 +92,7 @@ class PassWriter:
 
     def _write_firings(self, block: ShardBlock) -> dict[str, FileProof]:
         files = {}
-        for spec in self.made.firings:
+        for spec in filter(lambda one: self._owns(f"firings/{one.sae}"), self.made.firings):
             firings = block.firings[spec.sae]
             name = firings_file(spec.sae, block.shard)
             values = firings_values(firings, spec.n_features)
@@ -94,7 +106,7 @@ class PassWriter:
             for segment in self.writer.layout.segments:
                 complete &= self._seal(segment)
         if complete:
-            shutil.rmtree(self.root / "claims" / self.pass_id, ignore_errors=True)
+            shutil.rmtree(self.root / CLAIMS / self.pass_id, ignore_errors=True)
         return complete
 
     def _seal(self, segment: Segment) -> bool:

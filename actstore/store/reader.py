@@ -13,20 +13,21 @@ import pyarrow as pa
 import zarr
 
 from actstore.blocks import TOKEN_FIELDS, RowFirings, Segment, artifact_of
-from actstore.errors import CorruptStore, MissingInput, UnknownName, explain, unknown_name
+from actstore.errors import MissingInput, UnknownName, explain, unknown_name
 from actstore.sealed import digest_of
 
 from .bundle import decode_bundle
 from .csr import decode_firings
-from .files import ARRAYS, LAYOUT_FILE, STORE_FILE, firings_file, manifest_file, matrix_file, pass_file, receipt_file
+from .documents import SegmentReader
+from .files import ARRAYS, LAYOUT_FILE, STORE_FILE, firings_file, manifest_file, metadata_file, pass_file, receipt_file
 from .kit import open_piece, unpack_texts
 from .layout import CORPUS_PASS, Layout, PassFile, StoreFile
 from .location import Location
+from .proved import Files, damaged, read_file, read_rows
 from .tables import small_tables
 
 __all__ = ["StoreReader"]
 
-DOCUMENTS_PER_BATCH = 4096
 TOKEN_SHARDS_CACHED = 64
 FIRING_SHARDS_CACHED = 16
 DOCUMENTS_CACHED = 1024
@@ -58,7 +59,6 @@ class StoreReader:
         self.tokens = lru_cache(TOKEN_SHARDS_CACHED)(self._tokens)
         self.firings_cached = lru_cache(FIRING_SHARDS_CACHED)(self.firings)
         self.array = lru_cache(None)(self._array)
-        self._sequence_docs = lru_cache(None)(lambda segment: self.sequences(segment)[:, 0])
         self.document_text = lru_cache(DOCUMENTS_CACHED)(self._document_text)
 
     def _layout(self) -> Layout:
@@ -72,7 +72,14 @@ class StoreReader:
     @cached_property
     def passes(self) -> dict[str, PassFile]:
         """Every pass by its id."""
-        return {one: PassFile.from_json(self.location.read_sealed(pass_file(one))) for one in self.layout.passes}
+        return {one: PassFile.from_json(self._sealed(pass_file(one))) for one in self.layout.passes}
+
+    def _sealed(self, name: str) -> dict[str, Any]:
+        """Return a sealed file that must be there."""
+        try:
+            return self.location.read_sealed(name)
+        except FileNotFoundError as error:
+            raise damaged(name, "it is missing") from error
 
     @cached_property
     def receipts(self) -> dict[str, dict[int, Mapping[str, Any]]]:
@@ -98,7 +105,7 @@ class StoreReader:
     @cached_property
     def corpus_manifests(self) -> list[dict[str, Any]]:
         """The sealed manifest of every segment."""
-        return [self.location.read_sealed(manifest_file(CORPUS_PASS, one.segment)) for one in self.layout.segments]
+        return [self._sealed(manifest_file(CORPUS_PASS, one.segment)) for one in self.layout.segments]
 
     @cached_property
     def rows_used(self) -> npt.NDArray[np.int64]:
@@ -133,21 +140,22 @@ class StoreReader:
         return self._read(path, shard, slice(first, first + int(self.rows_used[shard])))
 
     def _read(self, path: str, shard: int, rows: slice) -> npt.NDArray[Any]:
-        if not self.location.exists(matrix_file(path, shard)):
-            raise _damaged(matrix_file(path, shard), "is missing")  # zarr would answer with fill values
-        try:
-            return np.asarray(self.array(path)[rows])
-        except (ValueError, RuntimeError, OSError) as error:
-            raise _damaged(matrix_file(path, shard), str(error)) from error
+        return read_rows(self.location, self.array(path), path, rows, self._files(artifact_of(path), shard))
+
+    def _files(self, artifact: str, shard: int) -> Files:
+        """Return the files that the receipt of a shard proves."""
+        owner = self.layout.artifacts[artifact]
+        if owner == CORPUS_PASS:
+            files: Files = self.corpus_manifests[self.layout.segment_of(shard).segment]["files"]
+        else:
+            files = self.receipts[owner][shard]["files"]
+        return files
 
     def _array(self, path: str) -> zarr.Array[Any]:
-        array = self._arrays[path]
-        assert isinstance(array, zarr.Array)
-        return array
-
-    @cached_property
-    def _arrays(self) -> zarr.Group:
-        return self.location.zarr_group(ARRAYS)
+        try:
+            return self.location.zarr_array(f"{ARRAYS}/{path}")
+        except Exception as error:  # damaged metadata surfaces in zarr as errors of many kinds
+            raise damaged(metadata_file(path), str(error)) from error
 
     def _must_be_done(self, artifact: str, shard: int) -> None:
         owner = self.layout.artifacts.get(artifact)
@@ -211,38 +219,20 @@ class StoreReader:
         """Return the firings of one shard of an SAE, over all rows of the shard; filler rows have none."""
         self._must_be_done(f"firings/{sae}", shard)
         name = firings_file(sae, shard)
-        try:
-            return decode_firings(self.location.read(name), name)
-        except FileNotFoundError as error:
-            raise _damaged(name, "is missing") from error
+        return decode_firings(read_file(self.location, name, self._files(f"firings/{sae}", shard)), name)
 
     def sequences(self, segment: int) -> npt.NDArray[np.int64]:
         """Return doc, first row and n_tokens of every sequence of a segment: int64 (seq, 3)."""
-        return np.asarray(self.array(f"corpus/segments/{segment}/sequences")[...], dtype=np.int64)
+        return self._segments[segment].sequences()
 
     def documents(self, segment: int) -> Iterator[pa.RecordBatch]:
         """Yield the documents of a segment, a few thousand at a time."""
-        home = f"corpus/segments/{segment}"
-        fields = self.array(f"{home}/documents")
-        first_doc, n_docs = self.layout.segments[segment].first_doc, fields.shape[0]
-        for start in range(0, n_docs, DOCUMENTS_PER_BATCH):
-            values = np.asarray(fields[start : start + DOCUMENTS_PER_BATCH], dtype=np.int64)
-            size = len(values)
-            yield pa.RecordBatch.from_pydict(
-                {
-                    "doc": pa.array(np.arange(size, dtype=np.int64) + first_doc + start),
-                    "segment": pa.array(np.full(size, segment, dtype=np.int32)),
-                    "text": self._texts(f"{home}/text", values[:, 0], values[:, 1]),
-                    "n_tokens": pa.array(values[:, 4]),
-                    "metadata": self._texts(f"{home}/metadata", values[:, 2], values[:, 3]),
-                    "parent": pa.nulls(size, pa.int64()),
-                    "variant": pa.nulls(size, pa.string()),
-                }
-            )
+        return self._segments[segment].documents()
 
-    def _texts(self, path: str, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> pa.Array:
-        text = np.asarray(self.array(path)[int(starts[0]) : int(ends[-1])], dtype=np.uint8)
-        return unpack_texts(text, np.concatenate([starts, ends[-1:]]))
+    @cached_property
+    def _segments(self) -> list[SegmentReader]:
+        together = zip(self.layout.segments, self.corpus_manifests, strict=True)
+        return [SegmentReader(one, self.location, self.array, manifest["files"]) for one, manifest in together]
 
     def documents_of(self, seqs: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
         """Return the document of each sequence: int64 (sequence)."""
@@ -250,19 +240,15 @@ class StoreReader:
         for segment in self.layout.segments:
             here = (seqs >= segment.first_seq) & (seqs < segment.first_seq + segment.n_seqs)
             if here.any():
-                out[here] = self._sequence_docs(segment.segment)[seqs[here] - segment.first_seq]
+                out[here] = self._segments[segment.segment].docs[seqs[here] - segment.first_seq]
         return out
 
     def _document_text(self, doc: int) -> str:
-        """Return the text of one document."""
-        segment = next((one for one in self.layout.segments if 0 <= doc - one.first_doc < one.n_docs), None)
-        if segment is None:
-            raise UnknownName(
-                explain(f"There is no document {doc}", accepted=f"documents 0 to {self.layout.n_docs - 1}")
-            )
-        home = f"corpus/segments/{segment.segment}"
-        start, end = np.asarray(self.array(f"{home}/documents")[doc - segment.first_doc])[:2]
-        return bytes(np.asarray(self.array(f"{home}/text")[int(start) : int(end)])).decode()
+        """Return the text of one document; raises UnknownName where there is none of this number."""
+        for segment in self.layout.segments:
+            if 0 <= doc - segment.first_doc < segment.n_docs:
+                return self._segments[segment.segment].text(doc)
+        raise UnknownName(explain(f"There is no document {doc}", accepted=f"documents 0 to {self.layout.n_docs - 1}"))
 
     # Kit and tables
 
@@ -275,15 +261,21 @@ class StoreReader:
         """Return the display text of every token id: Arrow large_string (token)."""
         return self._vocabulary
 
-    def kit_piece(self, name: str) -> zarr.Group:
-        """Return the kit piece with this name, such as `unembedding`: its arrays and attributes.
+    def kit_digest(self, name: str, artifact: str) -> str:
+        """Return the digest of a kit piece, such as `unembedding`, of the pass that made an artifact.
 
-        Raises UnknownName where no pass stored it.
+        Raises UnknownName where the artifact is not stored or its pass has no such piece.
         """
-        pieces = {key: digest for made in self.passes.values() for key, digest in made.kit.items()}
+        if artifact not in self.layout.artifacts:
+            raise unknown_name("artifact", artifact, sorted(self.layout.artifacts))
+        pieces = self.passes[self.layout.artifacts[artifact]].kit
         if name not in pieces:
             raise unknown_name("kit piece", name, pieces)
-        return open_piece(self.location, pieces[name])
+        return pieces[name]
+
+    def kit_piece(self, digest: str) -> zarr.Group:
+        """Return the kit piece with this digest: its arrays and attributes."""
+        return open_piece(self.location, digest)
 
     def feature_logits(self, sae: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
         """Return token ids and logits (feature, rank) of an SAE, or None where they were not computed."""
@@ -291,7 +283,8 @@ class StoreReader:
         owner = self.layout.artifacts.get(f"firings/{sae}")
         if owner is None or name not in self.passes[owner].files:
             return None
-        arrays, _ = decode_bundle(self.location.read(name), name)
+        files = {name: {"sha256": self.passes[owner].files[name].sha256}}
+        arrays, _ = decode_bundle(read_file(self.location, name, files), name)
         return arrays["token_ids"], arrays["logits"]
 
     def labels(self) -> list[tuple[str, int, str]]:
@@ -304,12 +297,3 @@ class StoreReader:
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         """Return the small tables of the SQL contract, as rows."""
         return small_tables(self.store, self.layout, self.passes, self.receipts, self.corpus_manifests)
-
-
-def _damaged(name: str, why: str) -> CorruptStore:
-    return CorruptStore(
-        explain(
-            f"{name} cannot be read: {why.splitlines()[0] if why else 'no reason given'}",
-            next_step="run `actstore verify`, which names everything that is damaged",
-        )
-    )

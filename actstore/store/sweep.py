@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from actstore.errors import StoreBusy, explain
+from actstore.errors import CorruptStore, explain
 
-from .claims import claim, exclusive
+from .claims import exclusive, no_claims
 from .verify import verify_store
+from .writer import StoreWriter
 
 __all__ = ["sweep_store"]
 
@@ -16,21 +16,20 @@ __all__ = ["sweep_store"]
 def sweep_store(root: Path) -> list[str]:
     """Remove orphans of a local store and return their names.
 
-    Raises StoreBusy while somebody extracts into it; faults are left alone, for `actstore verify` to name.
+    Raises StoreBusy while somebody extracts into it, CorruptStore where anything is damaged: a manifest that cannot be
+    read would make orphans of all that it names.
     """
-    with exclusive(root):
-        for path in sorted((root / "claims").glob("*/*.json")):
-            taken = claim(path)
-            if taken is None:
-                raise StoreBusy(
-                    explain(
-                        f"{root} is being extracted into (claim {path.relative_to(root)})",
-                        next_step="wait until the extraction has ended, then run gc again",
-                    )
+    with exclusive(root), no_claims(root):
+        StoreWriter.open(root).repair_metadata()
+        found = verify_store(root)
+        if found.faults:
+            raise CorruptStore(
+                explain(
+                    f"{root} is damaged ({found.faults[0]}), and what names a file could be lost: nothing was removed",
+                    next_step="run `actstore verify`, mend or drop what it names, then run gc again",
                 )
-            path.unlink()
-        shutil.rmtree(root / "claims", ignore_errors=True)
-        orphans = [name for name in verify_store(root).orphans if ":" not in name]
+            )
+        orphans = [name for name in found.orphans if ":" not in name]
         for name in orphans:
             (root / name).unlink()
     return orphans

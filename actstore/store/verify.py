@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from actstore.blocks import RowFirings, artifact_of
+from actstore.blocks import artifact_of
 from actstore.errors import ActstoreError
 from actstore.sealed import PARTIAL_SUFFIX, sha256_hex, unseal
 
-from .csr import decode_firings, firings_values
-from .files import ARRAYS, LAYOUT_FILE, STORE_FILE, manifest_file, pass_file, values_digest
+from .arrays import lengthened
+from .claims import CLAIMS, CLAIMS_LOCK
+from .csr import decode_firings
+from .files import ARRAYS, LAYOUT_FILE, STORE_FILE, is_row_keyed, manifest_file, metadata_file, pass_file, values_digest
+from .kit import kit_file
 from .layout import CORPUS_PASS, FileProof, Layout, PassFile, StoreFile
 from .location import Location
 
 __all__ = ["Verification", "verify_store"]
 
-OUTSIDE = ("claims", "index")  # claims come and go; the index proves itself
-LOCKS = {"lock", "index.lock"}  # empty
+OUTSIDE = (CLAIMS, "index")  # claims come and go; the index proves itself
+LOCKS = {"lock", "index.lock", CLAIMS_LOCK}  # empty
 Progress = Callable[[int, int], None]
 
 
@@ -47,15 +51,19 @@ class _Verifier:
         self.root, self.location, self.progress = root, Location.of(root), progress
         self.found = Verification()
         self.seen: set[str] = set()
+        self.unproved: set[str] = set()  # metadata of arrays that is damaged
+        self._array = cache(self.location.zarr_array)
+        self.kit: set[str] = set()  # digests of the pieces that must be there
 
     def run(self) -> Verification:
-        self._sealed(STORE_FILE, lambda body: StoreFile.from_json(body, STORE_FILE))
-        layout = self._sealed(LAYOUT_FILE, Layout.from_json) or Layout()
-        for path, digest in sorted(layout.metadata.items()):
-            self._bytes(path, FileProof(-1, digest))
+        store = self._sealed(STORE_FILE, lambda body: StoreFile.from_json(body, STORE_FILE))
+        layout = self._layout()
+        if store:
+            self.kit.add(store.vocabulary)
+            self._metadata(layout, store.shard_rows)
         expected = dict(self._expected(layout))
-        for number, (path, (proof, n_features)) in enumerate(sorted(expected.items())):
-            self._file(path, proof, n_features)
+        for number, (path, proof) in enumerate(sorted(expected.items())):
+            self._file(path, proof)
             if self.progress:
                 self.progress(number + 1, len(expected))
         self._content_addressed()
@@ -66,35 +74,66 @@ class _Verifier:
         self._find_orphans()
         return self.found
 
-    def _expected(self, layout: Layout) -> Iterator[tuple[str, tuple[FileProof, int]]]:
-        """Yield every proved file: its path, its proof and number of features (0: it holds no firings)."""
+    def _layout(self) -> Layout:
+        if not (self.root / LAYOUT_FILE).exists() and not any(self.root.glob(pass_file("*"))):
+            return Layout()  # tokenising has not ended
+        return self._sealed(LAYOUT_FILE, Layout.from_json) or Layout()
+
+    def _metadata(self, layout: Layout, shard_rows: int) -> None:
+        """Prove every `zarr.json`; arrays may be longer than the layout where a run died as it added a segment."""
+        unfinished = self._unfinished_segment(layout)
+        for path, digest in sorted(layout.metadata.items()):
+            if unfinished and is_row_keyed(path) and self._is_longer(path, digest, layout, shard_rows, unfinished):
+                self.seen.add(path)
+                self.found.orphans.append(f"{path}: made longer for documents that were not added in the end")
+            else:
+                self.unproved |= set() if self._bytes(path, FileProof(-1, digest)) else {path}
+
+    def _unfinished_segment(self, layout: Layout) -> int:
+        """Return the number of shards of a segment that has its manifest and no place in the layout; 0 for none."""
+        try:
+            data = (self.root / manifest_file(CORPUS_PASS, len(layout.segments))).read_bytes()
+            return int(unseal(data, "")["segment"]["n_shards"])
+        except (OSError, ActstoreError, LookupError):
+            return 0
+
+    def _is_longer(self, path: str, digest: str, layout: Layout, shard_rows: int, n_shards: int) -> bool:
+        try:
+            data = (self.root / path).read_bytes()
+            proved = sha256_hex(lengthened(data, layout.n_shards * shard_rows)) == digest
+            return proved and data == lengthened(data, (layout.n_shards + n_shards) * shard_rows)
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+
+    def _expected(self, layout: Layout) -> Iterator[tuple[str, FileProof]]:
+        """Yield every proved file: its path and its proof."""
         for segment in layout.segments:
             manifest = self._sealed(manifest_file(CORPUS_PASS, segment.segment), dict) or {"files": {}}
-            yield from ((path, (FileProof(**proof), 0)) for path, proof in manifest["files"].items())
+            yield from ((path, FileProof(**proof)) for path, proof in manifest["files"].items())
         for pass_id in layout.passes:
             made = self._sealed(pass_file(pass_id), PassFile.from_json)
-            widths = {f"firings/{spec.sae}": spec.n_features for spec in made.firings} if made else {}
+            self.kit |= set(made.kit.values()) if made else set()
             files = [(path, proof) for path, proof in made.files.items()] if made else []
             for receipt in self._receipts(pass_id, layout):
                 files += [(path, FileProof(**proof)) for path, proof in receipt["files"].items()]
             for path, proof in files:
                 artifact = artifact_of(path.removeprefix(f"{ARRAYS}/"))
                 if layout.artifacts.get(artifact) == pass_id:  # else it was dropped
-                    is_firings = path.startswith("firings/") and proof.values_sha256 is not None
-                    yield path, (proof, widths[artifact] if is_firings else 0)
+                    yield path, proof
 
     def _receipts(self, pass_id: str, layout: Layout) -> list[dict[str, Any]]:
         receipts: list[dict[str, Any]] = []
-        for segment in layout.segments:
-            name = manifest_file(pass_id, segment.segment)
-            if (self.root / name).exists():
-                receipts += (self._sealed(name, dict) or {"receipts": {}})["receipts"].values()
         home = f"passes/{pass_id}/receipts"
+        # Loose receipts first: one that is sealed and removed meanwhile is then found in the manifest.
         for name in self.location.names(home):
             if not name.endswith(PARTIAL_SUFFIX) and (receipt := self._sealed(f"{home}/{name}", dict)):
                 if f"{receipt['shard']}.json" != name or receipt["pass"] != pass_id:
                     self.found.faults.append(f"{home}/{name} is the receipt of another shard or pass")
                 receipts.append(receipt)
+        for segment in layout.segments:
+            name = manifest_file(pass_id, segment.segment)
+            if (self.root / name).exists():
+                receipts += (self._sealed(name, dict) or {"receipts": {}})["receipts"].values()
         return receipts
 
     def _sealed(self, name: str, parse: Callable[[dict[str, Any]], Any]) -> Any:
@@ -132,34 +171,34 @@ class _Verifier:
             return None
         return data
 
-    def _file(self, name: str, proof: FileProof, n_features: int) -> None:
+    def _file(self, name: str, proof: FileProof) -> None:
         data = self._bytes(name, proof)
         if data is None or proof.values_sha256 is None:
             return
+        if metadata_file(name.removeprefix(f"{ARRAYS}/").rpartition("/")[0]) in self.unproved:
+            return  # its bytes are proved; how to decode them is what was damaged
         try:
-            values = self._firings(data, name, n_features) if n_features else [self._matrix(name)]
+            values = _firings(data, name) if name.startswith("firings/") else [self._matrix(name)]
         except (ActstoreError, ValueError, RuntimeError, KeyError) as error:
             self.found.faults.append(f"{name} cannot be decoded: {error}")
             return
         if values_digest(values) != proof.values_sha256:
             self.found.faults.append(f"{name} decodes to other values than were written: another codec version?")
 
-    def _firings(self, data: bytes, name: str, n_features: int) -> list[Any]:
-        firings: RowFirings = decode_firings(data, name)
-        return firings_values(firings, n_features)
-
     def _matrix(self, name: str) -> Any:
         """Return what one shard's file decodes to, filler included, cut at the array's end."""
         path, _, file = name.removeprefix(f"{ARRAYS}/").rpartition("/")
-        array = self.location.zarr_group(ARRAYS)[path]
-        length = array.shards[0]  # type: ignore[union-attr, index]
-        first = int(file.split(".")[1]) * length
-        return array[first : first + length]  # type: ignore[index]
+        array = self._array(f"{ARRAYS}/{path}")
+        assert array.shards is not None
+        first = int(file.split(".")[1]) * array.shards[0]
+        return array[first : first + array.shards[0]]
 
     def _content_addressed(self) -> None:
-        for name in self.location.names("kit"):
-            if not name.endswith(PARTIAL_SUFFIX):
-                self._bytes(f"kit/{name}", FileProof(-1, name.removesuffix(".zip")))
+        present = {
+            name.removesuffix(".zip") for name in self.location.names("kit") if not name.endswith(PARTIAL_SUFFIX)
+        }
+        for digest in sorted(present | self.kit):
+            self._bytes(kit_file(digest), FileProof(-1, digest))
 
     def _journal(self) -> None:
         for name in self.location.names("journal"):
@@ -170,7 +209,9 @@ class _Verifier:
                     unseal(line + b"\n", name)
                 except ActstoreError:
                     self.found.faults.append(f"journal/{name}, line {number + 1} is not what was written")
-            if torn:
+            if torn and _is_line_without_end(torn):
+                self.found.faults.append(f"journal/{name}, line {len(lines) + 1} is not what was written")
+            elif torn:
                 self.found.orphans.append(f"journal/{name}: a last line that was not finished")
 
     def _find_orphans(self) -> None:
@@ -178,3 +219,18 @@ class _Verifier:
             name = path.relative_to(self.root).as_posix()
             if path.is_file() and name not in self.seen and name.split("/")[0] not in OUTSIDE:
                 self.found.orphans.append(name)
+
+
+def _firings(data: bytes, name: str) -> list[Any]:
+    """Return the arrays of a shard's firings as they are stored: pass.json, which says their width, may be damaged."""
+    firings = decode_firings(data, name)
+    return [firings.indptr, firings.features, firings.activations]
+
+
+def _is_line_without_end(line: bytes) -> bool:
+    """Return whether a journal's last line is whole but for its newline; a torn one is what a dead run leaves."""
+    try:
+        unseal(line[:-1] + b"\n", "")
+    except ActstoreError:
+        return False
+    return True

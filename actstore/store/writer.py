@@ -12,14 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.blocks import TOKEN_FIELDS, MatrixSpec, Segment, TokenShard
-from actstore.errors import InvalidInput, MissingInput, explain
+from actstore.errors import CorruptStore, InvalidInput, MissingInput, explain
 from actstore.sealed import read_sealed, sha256_hex, write_durably, write_sealed
 
 from .arrays import array_metadata, encode_shard, group_metadata, lengthened
 from .claims import exclusive
 from .files import (
+    ARRAYS,
     LAYOUT_FILE,
     STORE_FILE,
+    is_row_keyed,
+    make_directory,
     manifest_file,
     matrix_file,
     metadata_file,
@@ -168,7 +171,7 @@ class StoreWriter:
             "describe": dict(description),
             "files": {path: asdict(proof) for path, proof in files.items()},
         }
-        (self.root / manifest_file(CORPUS_PASS, number)).parent.mkdir(parents=True, exist_ok=True)
+        make_directory((self.root / manifest_file(CORPUS_PASS, number)).parent)
         write_sealed(self.root / manifest_file(CORPUS_PASS, number), body)
         self._add_segment(segment, metadata)
         return segment
@@ -183,7 +186,7 @@ class StoreWriter:
 
     def begin_pass(self, pass_id: str, made: PassFile) -> None:
         """Declare a pass: its file, the metadata of its arrays, its place in the layout; call with the lock held."""
-        (self.root / pass_file(pass_id)).parent.mkdir(parents=True, exist_ok=True)
+        make_directory((self.root / pass_file(pass_id)).parent)
         write_sealed(self.root / pass_file(pass_id), made.to_json())
         arrays = {spec.path: array_metadata(spec, 0, self.store.shard_rows) for spec in made.matrices}
         digests = self._write_metadata(arrays)
@@ -192,60 +195,81 @@ class StoreWriter:
     def drop(self, artifact: str) -> None:
         """Take an artifact out of the layout, then remove its files; call with the lock held."""
         artifacts = {name: owner for name, owner in self.layout.artifacts.items() if name != artifact}
-        homes = [f"arrays/{artifact}", artifact, f"arrays/reconstruction/{artifact.removeprefix('firings/')}"]
-        gone = [home for home in homes if (self.root / home).is_dir()]
+        # A pass of which nothing is left goes too: else the same recipe would be taken for done.
+        passes = tuple(one for one in self.layout.passes if one in artifacts.values())
+        homes = [f"{ARRAYS}/{artifact}", artifact]
+        if artifact.startswith("firings/"):
+            homes = [artifact, f"{ARRAYS}/reconstruction/{artifact.removeprefix('firings/')}"]
+        homes += [f"passes/{one}" for one in self.layout.passes if one not in passes]
         metadata = {
             path: digest
             for path, digest in self.layout.metadata.items()
-            if not any(path.startswith(f"{home}/") for home in gone)
+            if not any(path.startswith(f"{home}/") for home in homes)
         }
-        self._publish(replace(self.layout, artifacts=artifacts, metadata=metadata), {})
-        for home in gone:
-            shutil.rmtree(self.root / home)
+        self._publish(replace(self.layout, passes=passes, artifacts=artifacts, metadata=metadata), {})
+        for home in filter(Path.is_dir, map(self.root.joinpath, homes)):
+            shutil.rmtree(home)
 
     def repair_metadata(self) -> None:
-        """Bring every `zarr.json` to what the layout says: a run may have died between the two; needs the lock."""
+        """Bring every array to the length that the layout says: a run may have died while it added a segment.
+
+        Call it with the lock held; raises CorruptStore where an array's metadata is damaged.
+        """
         for path, digest in self.layout.metadata.items():
-            file = self.root / path
-            data = file.read_bytes()
+            if is_row_keyed(path):
+                self._rewrite(path, self._metadata(path, digest))
+
+    def _metadata(self, path: str, digest: str) -> bytes:
+        """Return a `zarr.json` as the layout has it; what was changed must not be taken for what was written."""
+        try:
+            data = (self.root / path).read_bytes()
             if sha256_hex(data) != digest:
-                longer = lengthened(data, self.layout.n_shards * self.store.shard_rows)
-                if sha256_hex(longer) == digest:
-                    write_durably(file, longer)
+                data = lengthened(data, self._n_rows)
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
+            data = b""
+        if sha256_hex(data) != digest:
+            raise CorruptStore(
+                explain(
+                    f"{self.root / path} is missing or not what was written",
+                    next_step="run `actstore verify` to see everything that is damaged",
+                )
+            )
+        return data
+
+    @property
+    def _n_rows(self) -> int:
+        """Length of every row-keyed array, filler included."""
+        return self.layout.n_shards * self.store.shard_rows
+
+    def _rewrite(self, path: str, data: bytes) -> None:
+        if (self.root / path).read_bytes() != data:
+            write_durably(self.root / path, data)
 
     def _write_metadata(self, arrays: Mapping[str, bytes]) -> dict[str, str]:
         for path, data in arrays.items():
             file = self.root / metadata_file(path)
-            file.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(file.parent)
             write_durably(file, data)
         groups = write_groups(self.root, arrays, group_metadata())
         return groups | {metadata_file(path): sha256_hex(data) for path, data in arrays.items()}
 
     def _publish(self, layout: Layout, digests: Mapping[str, str]) -> None:
-        """Replace the layout, with every row-keyed array as long as the layout; then the arrays' metadata."""
+        """Make every row-keyed array as long as the layout, then replace the layout.
+
+        In this order whoever reads in between, or after a run died there, finds arrays that are longer than its layout:
+        what is past the layout's end is never asked for.
+        """
         metadata = {**layout.metadata, **digests}
-        longer: dict[str, bytes] = {}
-        for path in metadata:
-            file = self.root / path
-            if _is_row_keyed(path):
-                longer[path] = lengthened(file.read_bytes(), layout.n_shards * self.store.shard_rows)
-                metadata[path] = sha256_hex(longer[path])
+        for path in filter(is_row_keyed, metadata):
+            data = lengthened(self._metadata(path, metadata[path]), layout.n_shards * self.store.shard_rows)
+            self._rewrite(path, data)
+            metadata[path] = sha256_hex(data)
         self.layout = replace(layout, metadata=metadata)
         write_sealed(self.root / LAYOUT_FILE, self.layout.to_json())
-        for path, data in longer.items():
-            if (self.root / path).read_bytes() != data:
-                write_durably(self.root / path, data)
 
     def locked(self, *, wait_seconds: float = 600.0) -> Any:
         """Return the context manager of the store's lock."""
         return exclusive(self.root, wait_seconds=wait_seconds)
-
-
-def _is_row_keyed(path: str) -> bool:
-    """Return whether a `zarr.json` is that of an array whose first axis is `row`."""
-    parts = path.split("/")[1:-1]
-    depth = {"corpus": 2, "sites": 2, "predictions": 2, "reconstruction": 2, "lens": 4}.get(parts[0] if parts else "")
-    return depth == len(parts) and parts[:2] != ["corpus", "segments"]
 
 
 def _append(growing: Mapping[str, GrowingArray], part: CorpusPart) -> None:

@@ -1,0 +1,84 @@
+"""What is refused before anything is loaded, made or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from actstore.corpus import TokenizerHandle
+from actstore.errors import InvalidInput, MissingInput, explain, unknown_name
+from actstore.models import LoadedModel, ModelDescription
+from actstore.progress import Report
+from actstore.saes import SparseCoder, check_width
+from actstore.sites import expand_sites, parse_site
+from actstore.store import StoreFile, StoreWriter
+
+from .identity import lens_sites
+from .request import Request
+
+__all__ = ["check_sites", "check_target", "check_tokenizer", "check_window"]
+
+
+def check_target(request: Request) -> None:
+    """Raise where the store or the data cannot be what they are asked to be."""
+    if request.out.exists():
+        StoreWriter.prepare(request.out)
+    exists = (request.out / "store.json").exists()
+    if exists:
+        StoreWriter.open(request.out)
+    elif request.into or request.append is not None:
+        what, next_step = f"There is no store at {request.out} to add to", "leave out --into and --append to make one"
+        raise MissingInput(explain(what, next_step=next_step))
+    elif request.dataset is None:
+        raise MissingInput(
+            explain(
+                f"{request.out} has no corpus yet and no dataset was given",
+                accepted="a file (.jsonl, .txt, .parquet), a folder of them, a hub id, or -",
+                next_step="actstore extract MODEL DATASET --out STORE …",
+            )
+        )
+    if request.append == "-" or isinstance(request.append, Iterator):
+        raise InvalidInput(
+            explain(
+                "Documents to append may have to be read twice, and standard input or an iterator can be read once",
+                accepted="a file, folder, hub id or list",
+                next_step="save them to a .jsonl file first",
+            )
+        )
+
+
+def check_sites(request: Request, model: LoadedModel, coders: Sequence[SparseCoder], report: Report) -> None:
+    """Raise where a site that is asked for, or read by an SAE or lens, is not on the model or has another width."""
+    expand_sites(request.sites, model.sites())
+    lens_sites(request, model)
+    existing = [str(site) for site in model.sites()]
+    for coder in coders:
+        if coder.identity.site not in existing:
+            raise unknown_name("site", coder.identity.site, existing, next_step="is this SAE for another model?")
+        check_width(coder, model.site_width(parse_site(coder.identity.site)))
+        report(f"SAE {coder.identity.sae}: {coder.d_sae} features of {coder.identity.site}", 0, None, "")
+
+
+def check_tokenizer(tokenizer: TokenizerHandle, model: LoadedModel | ModelDescription) -> None:
+    """Raise InvalidInput where the tokenizer has ids that the model has no embedding for."""
+    if tokenizer.vocabulary_size > model.facts.vocabulary_size:
+        raise InvalidInput(
+            explain(
+                f"The tokenizer has {tokenizer.vocabulary_size} ids, the model embeds {model.facts.vocabulary_size}",
+                accepted="the tokenizer that the model was trained with",
+                next_step="leave out --tokenizer, or give the right one",
+            )
+        )
+
+
+def check_window(request: Request, store: StoreFile) -> None:
+    """Raise InvalidInput where an option that a store fixes for ever is asked to be different."""
+    for name in ("context", "stride", "shard_rows", "batch_tokens"):
+        asked, fixed = getattr(request, name), getattr(store, name)
+        if asked is not None and asked != fixed:
+            raise InvalidInput(
+                explain(
+                    f"The store has {name} {fixed}, and {asked} was asked for",
+                    accepted=f"--{name.replace('_', '-')} {fixed}, or leave it out",
+                    next_step="choose another --out for other windows",
+                )
+            )

@@ -1,0 +1,73 @@
+"""Reading one segment's documents and sequences (docs/format.md §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import zarr
+
+from actstore.blocks import Segment
+
+from .kit import unpack_texts
+from .location import Location
+from .proved import Files, read_rows
+
+__all__ = ["SegmentReader"]
+
+DOCUMENTS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class SegmentReader:
+    """What was added together: its documents, their texts, their sequences."""
+
+    segment: Segment
+    location: Location
+    array: Callable[[str], zarr.Array[Any]]
+    files: Files
+
+    def sequences(self) -> npt.NDArray[np.int64]:
+        """Return doc, first row and n_tokens of every sequence: int64 (seq, 3)."""
+        return np.asarray(self._values("sequences", 0, self.segment.n_seqs), dtype=np.int64)
+
+    @cached_property
+    def docs(self) -> npt.NDArray[np.int64]:
+        """The document of every sequence: int64 (seq)."""
+        return self.sequences()[:, 0]
+
+    def documents(self) -> Iterator[pa.RecordBatch]:
+        """Yield the documents, a few thousand at a time."""
+        for start in range(0, self.segment.n_docs, DOCUMENTS_PER_BATCH):
+            values = self._values("documents", start, min(start + DOCUMENTS_PER_BATCH, self.segment.n_docs))
+            size = len(values)
+            yield pa.RecordBatch.from_pydict(
+                {
+                    "doc": pa.array(np.arange(size, dtype=np.int64) + self.segment.first_doc + start),
+                    "segment": pa.array(np.full(size, self.segment.segment, dtype=np.int32)),
+                    "text": self._texts("text", values[:, 0], values[:, 1]),
+                    "n_tokens": pa.array(values[:, 4]),
+                    "metadata": self._texts("metadata", values[:, 2], values[:, 3]),
+                    "parent": pa.nulls(size, pa.int64()),
+                    "variant": pa.nulls(size, pa.string()),
+                }
+            )
+
+    def text(self, doc: int) -> str:
+        """Return the text of one document, by its number in the store."""
+        place = doc - self.segment.first_doc
+        start, end = map(int, self._values("documents", place, place + 1)[0, :2])
+        return bytes(self._values("text", start, end)).decode()
+
+    def _texts(self, name: str, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> pa.Array:
+        packed = np.asarray(self._values(name, int(starts[0]), int(ends[-1])), dtype=np.uint8)
+        return unpack_texts(packed, np.concatenate([starts, ends[-1:]]))
+
+    def _values(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        path = f"corpus/segments/{self.segment.segment}/{name}"
+        return read_rows(self.location, self.array(path), path, slice(start, stop), self.files)
