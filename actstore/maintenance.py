@@ -194,6 +194,7 @@ def _label(row: dict[str, Any], where: str, widths: dict[str, int]) -> tuple[str
         sae, feature, text = row["sae"], int(str(row["feature"])), row["label"]
         if not (isinstance(sae, str) and isinstance(text, str)):
             raise TypeError
+        text.encode()  # a lone surrogate is no text
     except (KeyError, TypeError, ValueError):
         raise InvalidInput(explain(f"{where}: {row} is not a label", accepted="fields sae, feature, label")) from None
     if sae not in widths:

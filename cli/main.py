@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from actstore import __version__
-from actstore.errors import ActstoreError
+from actstore.errors import ActstoreError, explain
 
 from .ask import info, lens, queries, query, sql, stats, top
 from .demo import demo
@@ -31,9 +31,15 @@ class _Commands(click.Group):
         except ActstoreError as error:
             click.secho(f"Error: {error}", fg="red", err=True)
             sys.exit(1)
-        except BrokenPipeError:  # `actstore sql … | head`
-            sys.stderr.close()
-            sys.exit(0)
+        except OSError as error:
+            click.secho(f"Error: {_told(error)}", fg="red", err=True)
+            sys.exit(1)
+
+
+def _told(error: OSError) -> str:
+    """Return what the system said of a file, as our own messages are made."""
+    where = f"{error.filename}: " if error.filename else ""
+    return explain(f"{where}{error.strerror or error}", next_step="check the path and its permissions")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

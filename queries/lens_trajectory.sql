@@ -4,6 +4,7 @@
 -- leads_from is the first layer from which on the model's final answer stays on top.
 -- :doc  doc               the document
 -- :needs  lens_summary  extract with --lens 5
+-- :needs  predictions   extract without --no-predictions
 WITH place AS (
     SELECT t.row, t.seq, t.pos, t.token, p.top1_id, v.token AS final_token
     FROM tokens t JOIN predictions p USING (row) JOIN vocabulary v ON v.token_id = p.top1_id
