@@ -27,8 +27,9 @@ def reference() -> str:
 
 def _commands() -> Iterator[str]:
     yield "## Commands"
+    group = click.Context(commands, info_name="actstore", terminal_width=110, **commands.context_settings)
     for name, command in commands.commands.items():
-        context = click.Context(command, info_name=f"actstore {name}", max_content_width=110, terminal_width=110)
+        context = click.Context(command, parent=group, info_name=name, terminal_width=110)
         yield f"### actstore {name}\n\n```text\n{command.get_help(context)}\n```"
 
 
