@@ -186,7 +186,7 @@ class Store:
             last = self.reader.layout.n_docs - 1
             raise UnknownName(explain(f"There is no document {value}", accepted=f"documents 0 to {last}"))
         if kind in ("sae", "site"):
-            known = [row[kind] for row in self.reader.tables()[f"{kind}s"]]
+            known = self.sites if kind == "site" else self.saes
             if value not in known:
                 next_step = f"add it: actstore extract MODEL --into STORE --{kind} …"
                 raise unknown_name(f"stored {'SAE' if kind == 'sae' else 'site'}", value, known, next_step=next_step)
@@ -206,12 +206,12 @@ class Store:
     @property
     def sites(self) -> list[str]:
         """Names of the stored sites."""
-        return [row["site"] for row in self.reader.tables()["sites"]]
+        return [row["site"] for row in self.reader.sites]
 
     @property
     def saes(self) -> list[str]:
         """Ids of the stored SAEs."""
-        return [row["sae"] for row in self.reader.tables()["saes"]]
+        return [row["sae"] for row in self.reader.saes]
 
     def activations(self, sae: str) -> Activations:
         """Return the firings of an SAE as SciPy CSR matrices (row × feature), read a shard at a time."""
@@ -219,7 +219,7 @@ class Store:
         return Activations(self.reader, sae, self._width(sae))
 
     def _width(self, sae: str) -> int:
-        return next(int(row["width"]) for row in self.reader.tables()["saes"] if row["sae"] == sae)
+        return next(int(row["width"]) for row in self.reader.saes if row["sae"] == sae)
 
     def lens(self, lens: str = "logit", *, doc: int, k: int = 1) -> Result:
         """Return the lens of every stored residual site over a document: site, layer, pos, row, rank, token, logprob.

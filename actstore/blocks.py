@@ -6,6 +6,7 @@ Axes: `row` is a token of a sequence; every matrix here is (row, column) over th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +62,13 @@ def artifact_of(path: str) -> str:
     return "/".join((kind, *rest[: 2 if kind == "lens" else 1]))
 
 
+def _refuse_path(name: str) -> None:
+    """Raise InvalidInput for a name that would leave the store: a foreign store's declarations are read too."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*", name):
+        accepted = "letters, digits, '.', '_', '-' and '/', no part of which begins with '.'"
+        raise InvalidInput(explain(f"{name!r} cannot be the name of stored values", accepted=accepted))
+
+
 @dataclass(frozen=True)
 class MatrixSpec:
     """A row-keyed matrix of the store: its path below `arrays/`, its columns and its type."""
@@ -72,6 +80,9 @@ class MatrixSpec:
     columns: tuple[str, ...] = ()  # names of the columns where they have any
     per_column_chunks: bool = False  # each column compressed alone: for columns of unlike content
 
+    def __post_init__(self) -> None:
+        _refuse_path(self.path)
+
 
 @dataclass(frozen=True)
 class FiringsSpec:
@@ -79,6 +90,9 @@ class FiringsSpec:
 
     sae: str
     n_features: int
+
+    def __post_init__(self) -> None:
+        _refuse_path(self.sae)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def label(store: Path, file: Path) -> int:
     """
     root = local(store)
     reader = StoreReader(root)
-    widths = {row["sae"]: row["width"] for row in reader.tables()["saes"]}
+    widths = {row["sae"]: row["width"] for row in reader.saes}
     with exclusive(root):
         labels: dict[str, dict[str, str]] = {}
         for sae, feature, text in reader.labels():

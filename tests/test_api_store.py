@@ -282,7 +282,7 @@ def test_a_part_that_is_not_what_the_catalog_says_is_refused(remote: str) -> Non
         part = far.catalog.parts[-1].name
         data = memory.cat_file(f"/far.act/index/{part}")
         memory.pipe_file(f"/far.act/index/{part}", data[:-1] + bytes([data[-1] ^ 1]))
-        with pytest.raises(CorruptStore, match="not what the catalog lists"):
+        with pytest.raises(CorruptStore, match="not what the store lists"):
             far.sql("SELECT 1")
 
 

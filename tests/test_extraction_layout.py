@@ -24,7 +24,7 @@ from actstore.store import StoreReader
 from actstore.store.arrays import encode_shard
 from actstore.store.files import matrix_file, prove_and_write
 from actstore.store.layout import PassFile
-from actstore.store.writer import TOKENS
+from actstore.store.segments import TOKENS
 
 
 def test_the_small_store_has_what_these_tests_need(small: SmallStore) -> None:

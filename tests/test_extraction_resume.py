@@ -48,7 +48,7 @@ def test_a_renamed_model_folder_with_the_same_weights_resumes(tmp_path: Path) ->
 def test_a_further_pass_that_makes_the_predictions_resumes(tmp_path: Path) -> None:
     out = tmp_path / "a.act"
     extract(out, predictions=False, lens_k=0, lens_sites=[])
-    further = {"dataset": None, "sites": ["z.0"], "saes": [], "lens_k": 0, "lens_sites": [], "into": True}
+    further: dict[str, Any] = {"dataset": None, "sites": ["z.0"], "saes": [], "lens_k": 0, "lens_sites": [], "into": True}
     first = extract(out, **further)
     again = extract(out, **further)
     assert (again.pass_id, again.n_shards_made) == (first.pass_id, 0)
@@ -157,7 +157,12 @@ def test_the_model_is_proved_again_where_a_pass_is_resumed(tmp_path: Path, monke
     proved: list[int] = []
     out = tmp_path / "a.act"
     extract(out)
-    monkeypatch.setattr("actstore.extraction.run.prove", lambda *_: proved.append(1) or [])
+
+    def prove(*_: Any) -> list[Any]:
+        proved.append(1)
+        return []
+
+    monkeypatch.setattr("actstore.extraction.run.prove", prove)
     extract(out)
     assert not proved, "nothing is left to run"
     extract(out, append=str(tiny_world().more))

@@ -26,6 +26,7 @@ from .arrays import group_metadata, memory_array
 __all__ = ["decode_bundle", "encode_bundle", "open_bundle", "open_bundle_file"]
 
 CHUNK_BYTES = 256 * 1024
+SPARE_BYTES, GROWTH = 64 << 20, 1000  # what a damaged or foreign bundle may decode to at most
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip: times are outside identity
 
 
@@ -79,12 +80,23 @@ def open_bundle(data: bytes, name: str) -> zarr.Group:
     prototype = default_buffer_prototype()
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            _refuse_packed(archive, len(data))
             entries = {entry: prototype.buffer.from_bytes(archive.read(entry)) for entry in archive.namelist()}
         return zarr.open_group(MemoryStore(entries, read_only=True), mode="r")
     except (zipfile.BadZipFile, KeyError, ValueError, FileNotFoundError, EOFError, NotImplementedError) as error:
         raise CorruptStore(
             explain(f"{name} cannot be read ({error})", next_step="run `actstore verify` on the store")
         ) from error
+
+
+def _refuse_packed(archive: zipfile.ZipFile, n_bytes: int) -> None:
+    """Raise ValueError for entries that would unpack to more than the file: a bundle stores them as they are."""
+    entries = archive.infolist()
+    if (
+        any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        or sum(e.file_size for e in entries) > n_bytes
+    ):
+        raise ValueError("its entries are packed")
 
 
 def open_bundle_file(path: Path) -> zarr.Group:
@@ -107,7 +119,10 @@ def decode_bundle(data: bytes, name: str) -> tuple[dict[str, npt.NDArray[Any]], 
     """
     group = open_bundle(data, name)
     try:
-        arrays = {key: np.asarray(array[...]) for key, array in group.arrays()}
+        held = dict(group.arrays())
+        if sum(array.nbytes for array in held.values()) > SPARE_BYTES + GROWTH * len(data):
+            raise ValueError("its arrays claim more than such a file can hold")
+        arrays = {key: np.asarray(array[...]) for key, array in held.items()}
     except (ValueError, RuntimeError) as error:
         raise CorruptStore(
             explain(f"{name} is damaged ({error})", next_step="run `actstore verify` on the store")

@@ -93,6 +93,7 @@ class Claim:
 
     def __init__(self, path: Path, held: ExitStack) -> None:
         self.path, self._held = path, held
+        self._owner = path.read_bytes()
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True, name=f"claim {path.name}")
 
@@ -103,7 +104,9 @@ class Claim:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._heart.join()
-        self.path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if self.path.read_bytes() == self._owner:  # else it was taken over: this process was thought to be dead
+                self.path.unlink()
         self._held.close()
 
     def _beat(self) -> None:
@@ -152,7 +155,8 @@ def _create(path: Path) -> bool:
 
 
 def _owner() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+    process = {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+    return {**process, "claim": uuid.uuid4().hex}
 
 
 def _start_of(pid: int) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from .proved import Files, read_rows
 __all__ = ["SegmentReader"]
 
 DOCUMENTS_PER_BATCH = 4096
+TEXT_BYTES = 16 << 20  # of text and metadata in a batch, unless one document is longer
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,25 @@ class SegmentReader:
         """Yield the documents, a few thousand at a time."""
         for start in range(0, self.segment.n_docs, DOCUMENTS_PER_BATCH):
             values = self._values("documents", start, min(start + DOCUMENTS_PER_BATCH, self.segment.n_docs))
-            size = len(values)
-            yield pa.RecordBatch.from_pydict(
-                {
-                    "doc": pa.array(np.arange(size, dtype=np.int64) + self.segment.first_doc + start),
-                    "segment": pa.array(np.full(size, self.segment.segment, dtype=np.int32)),
-                    "text": self._texts("text", values[:, 0], values[:, 1]),
-                    "n_tokens": pa.array(values[:, 4]),
-                    "metadata": self._texts("metadata", values[:, 2], values[:, 3]),
-                    "parent": pa.nulls(size, pa.int64()),
-                    "variant": pa.nulls(size, pa.string()),
-                }
-            )
+            # Long documents are fewer at a time: by the multiple of TEXT_BYTES in which each begins.
+            begins = (values[:, 0] + values[:, 2] - values[0, 0] - values[0, 2]) // TEXT_BYTES
+            bounds = [0, *(np.flatnonzero(np.diff(begins)) + 1).tolist(), len(values)]
+            for low, high in itertools.pairwise(bounds):
+                yield self._batch(self.segment.first_doc + start + low, values[low:high])
+
+    def _batch(self, first_doc: int, values: npt.NDArray[np.int64]) -> pa.RecordBatch:
+        size = len(values)
+        return pa.RecordBatch.from_pydict(
+            {
+                "doc": pa.array(np.arange(size, dtype=np.int64) + first_doc),
+                "segment": pa.array(np.full(size, self.segment.segment, dtype=np.int32)),
+                "text": self._texts("text", values[:, 0], values[:, 1]),
+                "n_tokens": pa.array(values[:, 4]),
+                "metadata": self._texts("metadata", values[:, 2], values[:, 3]),
+                "parent": pa.nulls(size, pa.int64()),
+                "variant": pa.nulls(size, pa.string()),
+            }
+        )
 
     def text(self, doc: int) -> str:
         """Return the text of one document, by its number in the store."""

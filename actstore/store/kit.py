@@ -7,6 +7,7 @@ attributes `softcap`, `norm_epsilon`, `norm`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import zarr
 
+from actstore.errors import CorruptStore, explain
 from actstore.sealed import sha256_hex, write_durably
 
 from .bundle import encode_bundle, open_bundle_file
@@ -26,10 +28,13 @@ __all__ = ["kit_file", "open_piece", "pack_texts", "unpack_texts", "write_piece"
 
 
 CHUNK_BYTES = 4 << 20
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def kit_file(digest: str) -> str:
-    """Return where the kit piece with this digest lies."""
+    """Return where the kit piece with this digest lies; raises CorruptStore for what is no digest."""
+    if not SHA256.fullmatch(digest):
+        raise CorruptStore(explain(f"A kit piece is called {digest!r}", accepted="64 hexadecimal digits"))
     return f"kit/{digest}.zip"
 
 

@@ -70,6 +70,7 @@ class Layout:
     passes: tuple[str, ...] = ()
     artifacts: Mapping[str, str] = field(default_factory=dict)  # artifact → pass that made it
     metadata: Mapping[str, str] = field(default_factory=dict)  # path of a zarr.json → sha256
+    sealed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # pass → segments that have manifests
 
     @property
     def n_shards(self) -> int:
@@ -100,7 +101,12 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         """Return the body of `layout.json`."""
-        return {**asdict(self), "segments": [asdict(segment) for segment in self.segments], "passes": list(self.passes)}
+        return {
+            **asdict(self),
+            "segments": [asdict(segment) for segment in self.segments],
+            "passes": list(self.passes),
+            "sealed": {one: list(segments) for one, segments in self.sealed.items()},
+        }
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Self:
@@ -110,6 +116,7 @@ class Layout:
             passes=tuple(body["passes"]),
             artifacts=body["artifacts"],
             metadata=body["metadata"],
+            sealed={one: tuple(segments) for one, segments in body["sealed"].items()},
         )
 
 

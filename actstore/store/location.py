@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore
 
 from actstore.errors import CorruptStore, MissingInput, explain
-from actstore.sealed import sha256_hex, unseal, write_durably
+from actstore.sealed import partial_path, publish, translate_full_disk, unseal
 from actstore.settings import cache_directory
 
 __all__ = ["Location"]
@@ -86,14 +88,28 @@ class Location:
             return self.local / name
         cached = cache_directory() / "files" / sha256[:2] / sha256 / Path(name).name
         if not cached.exists():
-            data = self.read(name)
-            if sha256_hex(data) != sha256:
-                raise CorruptStore(
-                    explain(f"{self.url}/{name} is not what the catalog lists", next_step="run `actstore verify`")
-                )
             cached.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(cached, data)
+            self._download(name, sha256, cached)
         return cached
+
+    def _download(self, name: str, sha256: str, cached: Path) -> None:
+        """Copy a file to the cache, never all of it in memory, and give it its name when its digest is right."""
+        partial = partial_path(cached)
+        with translate_full_disk(cached):
+            try:
+                self.filesystem.get_file(self._full(name), str(partial))
+                with partial.open("rb+") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                    os.fsync(file.fileno())
+                if found != sha256:
+                    raise CorruptStore(
+                        explain(
+                            f"{self.url}/{name} is not what the store lists", next_step="run `actstore verify` there"
+                        )
+                    )
+                publish(partial, cached)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def zarr_array(self, name: str) -> zarr.Array[Any]:
         """Return the Zarr array below this store at `name`, read-only; raises what zarr raises."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -101,25 +101,39 @@ class PassWriter:
 
     def seal(self) -> bool:
         """Seal every segment whose shards all have receipts; return whether the whole pass is complete."""
-        complete = True
         with self.writer.locked():
-            for segment in self.writer.layout.segments:
-                complete &= self._seal(segment)
-        if complete:
-            shutil.rmtree(self.root / CLAIMS / self.pass_id, ignore_errors=True)
+            # Others may have added a segment or a pass since this process read the layout.
+            current = StoreWriter.open(self.root)
+            sealed = [segment for segment in current.layout.segments if self._seal(segment)]
+            current.mark_sealed(self.pass_id, [segment.segment for segment in sealed])
+            for segment in sealed:
+                self._remove_receipts(segment)
+        if complete := len(sealed) == len(current.layout.segments):
+            self._remove_claims()
         return complete
 
     def _seal(self, segment: Segment) -> bool:
         manifest = self.root / manifest_file(self.pass_id, segment.segment)
-        if not manifest.exists():
-            if any(not (self.root / receipt_file(self.pass_id, shard)).exists() for shard in _shards(segment)):
-                return False
-            receipts = {str(shard): self._receipt(shard) for shard in _shards(segment)}
-            write_sealed(manifest, {"pass": self.pass_id, "segment": segment.segment, "receipts": receipts})
+        if manifest.exists():
+            return True
+        if any(not (self.root / receipt_file(self.pass_id, shard)).exists() for shard in _shards(segment)):
+            return False
+        receipts = {str(shard): self._receipt(shard) for shard in _shards(segment)}
+        write_sealed(manifest, {"pass": self.pass_id, "segment": segment.segment, "receipts": receipts})
+        return True
+
+    def _remove_receipts(self, segment: Segment) -> None:
         for shard in _shards(segment):
             (self.root / receipt_file(self.pass_id, shard)).unlink(missing_ok=True)
         fsync_directory(self.root / "passes" / self.pass_id)
-        return True
+
+    def _remove_claims(self) -> None:
+        """Remove the pass's directory of claims, unless somebody has claimed a shard of a newer segment."""
+        home = self.root / CLAIMS / self.pass_id
+        if not any(home.glob("*.json")):
+            with suppress(OSError):
+                (home / "takeover").unlink(missing_ok=True)
+                home.rmdir()
 
     def _receipt(self, shard: int) -> Mapping[str, Any]:
         receipt = read_sealed(self.root / receipt_file(self.pass_id, shard))

@@ -19,18 +19,19 @@ from actstore.sealed import digest_of
 from .bundle import decode_bundle
 from .csr import decode_firings
 from .documents import SegmentReader
-from .files import ARRAYS, LAYOUT_FILE, STORE_FILE, firings_file, manifest_file, metadata_file, pass_file, receipt_file
+from .files import ARRAYS, LAYOUT_FILE, STORE_FILE, firings_file, manifest_file, metadata_file, pass_file
 from .kit import open_piece, unpack_texts
 from .layout import CORPUS_PASS, Layout, PassFile, StoreFile
 from .location import Location
 from .proved import Files, damaged, read_file, read_rows
-from .tables import small_tables
+from .receipts import load_receipts
+from .tables import sae_rows, site_rows, small_tables
 
 __all__ = ["StoreReader"]
 
 TOKEN_SHARDS_CACHED = 64
 FIRING_SHARDS_CACHED = 16
-DOCUMENTS_CACHED = 1024
+DOCUMENTS_CACHED = 128
 
 
 class StoreReader:
@@ -59,6 +60,7 @@ class StoreReader:
         self.tokens = lru_cache(TOKEN_SHARDS_CACHED)(self._tokens)
         self.firings_cached = lru_cache(FIRING_SHARDS_CACHED)(self.firings)
         self.array = lru_cache(None)(self._array)
+        self._digests = lru_cache(None)(self._receipt_digests)
         self.document_text = lru_cache(DOCUMENTS_CACHED)(self._document_text)
 
     def _layout(self) -> Layout:
@@ -84,23 +86,7 @@ class StoreReader:
     @cached_property
     def receipts(self) -> dict[str, dict[int, Mapping[str, Any]]]:
         """Receipts of every pass, by shard: what this snapshot knows to be durable."""
-        return {one: self._receipts(one) for one in self.layout.passes}
-
-    def _receipts(self, pass_id: str) -> dict[int, Mapping[str, Any]]:
-        found: dict[int, Mapping[str, Any]] = {}
-        # Loose receipts first: one that is sealed and removed in between is then found in the manifest.
-        for name in self.location.names(f"passes/{pass_id}/receipts"):
-            if name.endswith(".json"):
-                try:
-                    found[int(name[:-5])] = self.location.read_sealed(receipt_file(pass_id, int(name[:-5])))
-                except FileNotFoundError:
-                    continue
-        for segment in self.layout.segments:
-            name = manifest_file(pass_id, segment.segment)
-            if self.location.exists(name):
-                sealed = self.location.read_sealed(name)["receipts"]
-                found.update({int(shard): receipt for shard, receipt in sealed.items()})
-        return dict(sorted(found.items()))
+        return {one: load_receipts(self.location, self.layout, one) for one in self.layout.passes}
 
     @cached_property
     def corpus_manifests(self) -> list[dict[str, Any]]:
@@ -115,18 +101,31 @@ class StoreReader:
     def done(self, artifact: str) -> dict[int, str]:
         """Return the shards of an artifact that have receipts, each with its receipt's digest."""
         owner = self.layout.artifacts.get(artifact)
-        if owner == CORPUS_PASS:
+        return {} if owner is None else self._digests(owner)
+
+    def _receipt_digests(self, pass_id: str) -> dict[int, str]:
+        if pass_id == CORPUS_PASS:
             digests = [digest_of(manifest) for manifest in self.corpus_manifests]
             return {
                 shard: digest
                 for segment, digest in zip(self.layout.segments, digests, strict=True)
                 for shard in range(segment.first_shard, segment.first_shard + segment.n_shards)
             }
-        return {} if owner is None else {shard: digest_of(dict(one)) for shard, one in self.receipts[owner].items()}
+        return {shard: digest_of(dict(one)) for shard, one in self.receipts[pass_id].items()}
 
     def segments(self) -> Sequence[Segment]:
         """Return the segments in order."""
         return self.layout.segments
+
+    @cached_property
+    def sites(self) -> list[dict[str, Any]]:
+        """The stored sites, as rows of the table `sites`."""
+        return site_rows(self.layout, self.passes)
+
+    @cached_property
+    def saes(self) -> list[dict[str, Any]]:
+        """The stored SAEs, as rows of the table `saes`."""
+        return sae_rows(self.layout, self.passes)
 
     # Values
 

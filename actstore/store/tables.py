@@ -10,7 +10,7 @@ from actstore.sites import parse_site
 
 from .layout import Layout, PassFile, StoreFile
 
-__all__ = ["small_tables"]
+__all__ = ["sae_rows", "site_rows", "small_tables"]
 
 Receipts = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
@@ -26,12 +26,22 @@ def small_tables(
     return {
         "store": [_store(store, layout, receipts)],
         "passes": [_pass(one, made, layout, receipts) for one, made in passes.items()],
-        "sites": [row for one, made in passes.items() for row in _sites(one, made, layout)],
-        "saes": [row for one, made in passes.items() for row in _saes(one, made, layout)],
+        "sites": site_rows(layout, passes),
+        "saes": sae_rows(layout, passes),
         "lenses": _lenses(layout),
         "roles": [],
         "health": _corpus_health(manifests) + [dict(check) for made in passes.values() for check in made.health],
     }
+
+
+def site_rows(layout: Layout, passes: Mapping[str, PassFile]) -> list[dict[str, Any]]:
+    """Return the rows of `sites`; needs no receipt."""
+    return [row for one, made in passes.items() for row in _sites(one, made, layout)]
+
+
+def sae_rows(layout: Layout, passes: Mapping[str, PassFile]) -> list[dict[str, Any]]:
+    """Return the rows of `saes`; needs no receipt."""
+    return [row for one, made in passes.items() for row in _saes(one, made, layout)]
 
 
 def _store(store: StoreFile, layout: Layout, receipts: Receipts) -> dict[str, Any]:

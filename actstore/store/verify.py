@@ -13,7 +13,7 @@ from actstore.errors import ActstoreError
 from actstore.sealed import PARTIAL_SUFFIX, sha256_hex, unseal
 
 from .arrays import lengthened
-from .claims import CLAIMS, CLAIMS_LOCK
+from .claims import CLAIMS_LOCK
 from .csr import decode_firings
 from .files import ARRAYS, LAYOUT_FILE, STORE_FILE, is_row_keyed, manifest_file, metadata_file, pass_file, values_digest
 from .kit import kit_file
@@ -22,7 +22,7 @@ from .location import Location
 
 __all__ = ["Verification", "verify_store"]
 
-OUTSIDE = (CLAIMS, "index")  # claims come and go; the index proves itself
+OURS = (ARRAYS, "firings", "kit", "passes", "journal")  # claims come and go, the index proves itself, notes are theirs
 LOCKS = {"lock", "index.lock", CLAIMS_LOCK}  # empty
 Progress = Callable[[int, int], None]
 
@@ -132,7 +132,7 @@ class _Verifier:
                 receipts.append(receipt)
         for segment in layout.segments:
             name = manifest_file(pass_id, segment.segment)
-            if (self.root / name).exists():
+            if (self.root / name).exists() or segment.segment in layout.sealed.get(pass_id, ()):
                 receipts += (self._sealed(name, dict) or {"receipts": {}})["receipts"].values()
         return receipts
 
@@ -217,7 +217,8 @@ class _Verifier:
     def _find_orphans(self) -> None:
         for path in sorted(self.root.rglob("*")):
             name = path.relative_to(self.root).as_posix()
-            if path.is_file() and name not in self.seen and name.split("/")[0] not in OUTSIDE:
+            ours = name.split("/")[0] in OURS or name.endswith(PARTIAL_SUFFIX)
+            if ours and path.is_file() and name not in self.seen:
                 self.found.orphans.append(name)
 
 

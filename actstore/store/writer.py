@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from actstore.blocks import TOKEN_FIELDS, MatrixSpec, Segment, TokenShard
+from actstore.blocks import Segment
 from actstore.errors import CorruptStore, InvalidInput, MissingInput, explain
 from actstore.sealed import read_sealed, sha256_hex, write_durably, write_sealed
 
@@ -30,44 +29,11 @@ from .files import (
     prove_and_write,
     write_groups,
 )
-from .growing import GrowingArray, GrowingSpec
+from .growing import GrowingArray
 from .layout import CORPUS_PASS, FileProof, Layout, PassFile, StoreFile
+from .segments import SEGMENT_ARRAYS, TOKENS, CorpusPart, append_part
 
-__all__ = ["TOKENS", "CorpusPart", "StoreWriter"]
-
-TOKENS = MatrixSpec("corpus/tokens", len(TOKEN_FIELDS), "int32", "field", TOKEN_FIELDS, per_column_chunks=True)
-DOCUMENT_FIELDS = ("text_start", "text_end", "metadata_start", "metadata_end", "n_tokens", "n_replaced")
-SEQUENCE_FIELDS = ("doc", "row", "n_tokens")
-SEGMENT_ARRAYS = (
-    GrowingSpec("documents", "int64", ("doc", "field"), DOCUMENT_FIELDS),
-    GrowingSpec("sequences", "int64", ("seq", "field"), SEQUENCE_FIELDS),
-    GrowingSpec("text", "uint8", ("byte",)),
-    GrowingSpec("metadata", "uint8", ("byte",)),
-)
-
-
-class DocumentPart(Protocol):
-    """One document as it is stored; metadata is the JSON text of one object."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def metadata(self) -> str: ...
-    @property
-    def n_tokens(self) -> int: ...
-    @property
-    def n_replaced(self) -> int: ...
-
-
-class CorpusPart(Protocol):
-    """Documents, sequences and finished shards, in order; what the corpus room yields."""
-
-    @property
-    def documents(self) -> Sequence[DocumentPart]: ...
-    @property
-    def sequences(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def shards(self) -> Sequence[TokenShard]: ...
+__all__ = ["StoreWriter"]
 
 
 @dataclass
@@ -146,7 +112,7 @@ class StoreWriter:
         growing = {spec.name: GrowingArray(spec, write(spec.name)) for spec in SEGMENT_ARRAYS}
         rows_used: list[int] = []
         for part in parts:
-            _append(growing, part)
+            append_part(growing, part)
             for shard in part.shards:
                 path = matrix_file(TOKENS.path, shard.shard)
                 data = encode_shard(TOKENS, shard.values, self.store.shard_rows)
@@ -186,6 +152,8 @@ class StoreWriter:
 
     def begin_pass(self, pass_id: str, made: PassFile) -> None:
         """Declare a pass: its file, the metadata of its arrays, its place in the layout; call with the lock held."""
+        # What a drop that died has left of the same recipe's pass would be taken for receipts of this one.
+        shutil.rmtree(self.root / "passes" / pass_id, ignore_errors=True)
         make_directory((self.root / pass_file(pass_id)).parent)
         write_sealed(self.root / pass_file(pass_id), made.to_json())
         arrays = {spec.path: array_metadata(spec, 0, self.store.shard_rows) for spec in made.matrices}
@@ -206,9 +174,19 @@ class StoreWriter:
             for path, digest in self.layout.metadata.items()
             if not any(path.startswith(f"{home}/") for home in homes)
         }
-        self._publish(replace(self.layout, passes=passes, artifacts=artifacts, metadata=metadata), {})
+        sealed = {one: segments for one, segments in self.layout.sealed.items() if one in passes}
+        layout = replace(self.layout, passes=passes, artifacts=artifacts, metadata=metadata, sealed=sealed)
+        self._publish(layout, {})
         for home in filter(Path.is_dir, map(self.root.joinpath, homes)):
             shutil.rmtree(home)
+
+    def mark_sealed(self, pass_id: str, segments: Iterable[int]) -> None:
+        """Record that these segments of a pass have manifests, so that a lost one is missed; needs the lock."""
+        known = set(self.layout.sealed.get(pass_id, ()))
+        if not known >= set(segments):
+            sealed = {**self.layout.sealed, pass_id: tuple(sorted(known | set(segments)))}
+            self.layout = replace(self.layout, sealed=sealed)
+            write_sealed(self.root / LAYOUT_FILE, self.layout.to_json())
 
     def repair_metadata(self) -> None:
         """Bring every array to the length that the layout says: a run may have died while it added a segment.
@@ -270,23 +248,3 @@ class StoreWriter:
     def locked(self, *, wait_seconds: float = 600.0) -> Any:
         """Return the context manager of the store's lock."""
         return exclusive(self.root, wait_seconds=wait_seconds)
-
-
-def _append(growing: Mapping[str, GrowingArray], part: CorpusPart) -> None:
-    columns = [
-        *_append_texts(growing["text"], [document.text for document in part.documents]),
-        *_append_texts(growing["metadata"], [document.metadata for document in part.documents]),
-        np.array([document.n_tokens for document in part.documents], dtype=np.int64),
-        np.array([document.n_replaced for document in part.documents], dtype=np.int64),
-    ]
-    growing["documents"].append(np.stack(columns, axis=1))
-    growing["sequences"].append(part.sequences)
-
-
-def _append_texts(array: GrowingArray, texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Append texts as UTF-8 and return where each starts and ends, in bytes."""
-    encoded = [text.encode() for text in texts]
-    lengths = np.array([len(text) for text in encoded], dtype=np.int64)
-    ends = len(array) + np.cumsum(lengths)
-    array.append(np.frombuffer(b"".join(encoded), dtype=np.uint8))
-    return ends - lengths, ends
