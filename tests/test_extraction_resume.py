@@ -48,7 +48,14 @@ def test_a_renamed_model_folder_with_the_same_weights_resumes(tmp_path: Path) ->
 def test_a_further_pass_that_makes_the_predictions_resumes(tmp_path: Path) -> None:
     out = tmp_path / "a.act"
     extract(out, predictions=False, lens_k=0, lens_sites=[])
-    further: dict[str, Any] = {"dataset": None, "sites": ["z.0"], "saes": [], "lens_k": 0, "lens_sites": [], "into": True}
+    further: dict[str, Any] = {
+        "dataset": None,
+        "sites": ["z.0"],
+        "saes": [],
+        "lens_k": 0,
+        "lens_sites": [],
+        "into": True,
+    }
     first = extract(out, **further)
     again = extract(out, **further)
     assert (again.pass_id, again.n_shards_made) == (first.pass_id, 0)

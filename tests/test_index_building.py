@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pytest
-from index_support import HALF, WIDE, FakeSource, hashes
+from index_support import HALF, LENS, WIDE, FakeSource, hashes
 
 from actstore.errors import CorruptStore, NoSpace, StoreBusy
 from actstore.index import (
@@ -288,6 +288,21 @@ def test_a_full_disk_is_said(source: FakeSource, tmp_path: Path, monkeypatch: py
     with pytest.raises(NoSpace, match="disk is full"):
         build_index(source, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_done_is_asked_once_for_each_artifact(
+    source: FakeSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    done = source.done
+
+    def counted(artifact: str) -> Mapping[int, str]:
+        asked.append(artifact)
+        return done(artifact)
+
+    monkeypatch.setattr(source, "done", counted)
+    build_index(source, tmp_path)
+    assert sorted(asked) == ["corpus/tokens", f"firings/{HALF}", f"lens/{'/'.join(LENS)}", "predictions"]
 
 
 def test_progress_counts_shards(source: FakeSource, tmp_path: Path) -> None:

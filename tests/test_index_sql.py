@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from index_support import HALF, WIDE, FakeSource, hashes
 
 from actstore.errors import ActstoreError, QueryError, UnknownName
-from actstore.index import Connection, SqlFunction, build_index, open_index, plain_connection, read_catalog
+from actstore.index import TABLES, Connection, SqlFunction, build_index, open_index, plain_connection, read_catalog
 
 
 def _snippet(rows: pa.Array, before: pa.Array, after: pa.Array) -> pa.Array:
@@ -113,7 +118,10 @@ ACCEPTED = [
     "SUMMARIZE tokens",
     "SHOW TABLES",
     "EXPLAIN SELECT * FROM tokens",
-    "/* why */ explain analyze SELECT count(*) FROM tokens",
+    "\n explain\nanalyze /* why */ SELECT count(*) FROM tokens -- ;",
+    "SELECT 'EXPLAIN; DROP VIEW tokens', $$; DROP VIEW tokens -- $$, $a$ $$ ; $a$ /* ; /* ; */ */",
+    "/* /* */ DROP VIEW tokens; */ SELECT 1",
+    'WITH "my rows" AS (FROM tokens), sqlite AS (SELECT 1) SELECT * FROM "my rows", sqlite',
 ]
 
 
@@ -146,6 +154,21 @@ HOSTILE = [
     "EXPLAIN (FORMAT json) DELETE FROM internal.labels",
     "EXPLAIN SELECT 1; DELETE FROM internal.labels",
     "EXPLAIN EXPLAIN SELECT 1; DROP VIEW tokens",
+    "/* why */ EXPLAIN SELECT 1",
+    "EXPLAIN /* x */ ANALYZE SELECT 1",
+    "/* /* */ EXPLAIN SELECT 1 -- */ CREATE OR REPLACE VIEW tokens AS SELECT 42 AS x",
+    "/* /* */ EXPLAIN SELECT 1 -- */ DETACH p0",
+    "/* /* */ EXPLAIN ANALYZE SELECT 1 -- */ SELECT path FROM duckdb_databases()",
+    "EXPLAIN /* /* */ SELECT 1 -- */ DROP VIEW tokens",
+    "EXPLAIN SELECT 1 /* /* */ -- */ ; DROP VIEW tokens",
+    "SELECT b.path FROM (WITH duckdb_databases AS (SELECT 1 z) FROM duckdb_databases) a, duckdb_databases b",
+    "WITH duckdb_databases AS (FROM duckdb_databases) FROM duckdb_databases",
+    "WITH SQLITE_MASTER AS (SELECT 1) FROM main.sqlite_master",
+    "WITH tables AS (SELECT 1) FROM information_schema.tables",
+    "WITH mine AS (SELECT 1) FROM main.mine",
+    "SELECT (WITH pg_tables AS (SELECT 1 AS q) SELECT q FROM pg_tables), (SELECT count(*) FROM pg_tables)",
+    "SELECT * FROM (WITH '/etc/passwd' AS (SELECT 1) FROM '/etc/passwd') a, '/etc/passwd' b",
+    'SELECT * FROM (WITH "a.csv" AS (SELECT 1) FROM "a.csv") a, "a.csv" b',
     "COPY (SELECT 1) TO '{part}' (FORMAT csv, USE_TMP_FILE false)",
     "COPY tokens TO '/tmp/out.csv'",
     "COPY internal.labels FROM '/etc/passwd'",
@@ -231,6 +254,105 @@ def test_everything_else_is_refused_and_changes_nothing(
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
     assert hashes(directory) == before
     assert connection.sql("SELECT count(*) FROM store").table[0].to_pylist() == [1]
+
+
+def test_every_name_that_duckdb_itself_gives_a_relation_is_refused_to_ctes(connection: Connection) -> None:
+    cursor = connection._root.cursor()
+    names = cursor.execute("SELECT view_name FROM duckdb_views() WHERE internal").fetchall()
+    tried = 0
+    for (name,) in {*names, *cursor.execute("SELECT table_name FROM duckdb_tables()").fetchall()} - {("labels",)}:
+        try:
+            cursor.execute(f'SELECT 1 FROM "{name}" LIMIT 0')
+        except duckdb.CatalogException:
+            continue  # not reached by a bare name
+        tried += name not in TABLES
+        decoy = f'SELECT 1 FROM (WITH "{name}" AS (SELECT 1) FROM "{name}") a, "{name}" b'
+        if name not in TABLES:
+            with pytest.raises(QueryError, match="cannot be called"):
+                connection.sql(decoy)
+    assert tried > 30
+
+
+FORBIDDEN = [
+    "CREATE OR REPLACE VIEW tokens AS SELECT 42 AS x",
+    "DROP VIEW tokens",
+    "DETACH p0",
+    "DELETE FROM internal.labels",
+    "SELECT path FROM duckdb_databases()",
+    "FROM duckdb_databases",
+    "CREATE TABLE x AS SELECT 1",
+]
+WRAPPING = ["/*", "*/", "--", "\n", "\r", "'", '"', "$$", "$a$", ";", "\\", "(", ")", "\xa0", "\u2028", "\0", "E'"]
+WORDS = ["EXPLAIN", "ANALYZE", "DESCRIBE", "SUMMARIZE", "SHOW", "WITH duckdb_databases AS (SELECT 1)", "FROM"]
+HARMLESS = ["SELECT 1", "SELECT 'a'", "FROM saes", "SELECT seven() AS seven FROM tokens ORDER BY row LIMIT 1"]
+OPENINGS = [
+    "".join(pieces)
+    for length in range(4)
+    for pieces in itertools.product(("/* ", "*/ ", "-- ", "\n", "EXPLAIN SELECT 1 ", "'"), repeat=length)
+]
+
+
+def _state(connection: Connection) -> list[object]:
+    cursor = connection._root.cursor()
+    asked = ("sql FROM duckdb_views()", "sql FROM duckdb_tables()", "database_name FROM duckdb_databases()")
+    return [cursor.execute(f"SELECT {what} WHERE NOT internal ORDER BY ALL").fetchall() for what in asked]
+
+
+def _harmless(connection: Connection, directory: Path, text: str) -> None:
+    """Ask for `text`, which may be refused but never be more than a question about the tables."""
+    with suppress(QueryError):
+        said = str(connection.sql(text).table.to_pydict())
+        assert str(directory) not in said, text
+
+
+@pytest.mark.parametrize("forbidden", FORBIDDEN)
+def test_no_opening_of_comments_and_quotes_hides_a_statement(
+    index: tuple[FakeSource, Path], connection: Connection, forbidden: str
+) -> None:
+    before = _state(connection)
+    for opening in OPENINGS:
+        _harmless(connection, index[1], opening + forbidden)
+    assert _state(connection) == before
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from([*WRAPPING, *WRAPPING, *WORDS, *HARMLESS, *FORBIDDEN]), min_size=2, max_size=9),
+    st.sampled_from(FORBIDDEN),
+    st.sampled_from(["", " "]),
+)
+def test_no_nesting_changes_the_catalog_or_tells_where_the_parts_are(
+    index: tuple[FakeSource, Path], connection: Connection, pieces: list[str], forbidden: str, between: str
+) -> None:
+    before = _state(connection)
+    for text in (between.join([*pieces, forbidden]), between.join([forbidden, *pieces])):
+        _harmless(connection, index[1], text)
+        assert _state(connection) == before, text
+
+
+@pytest.mark.parametrize("text", ["EXPLAIN\xa0SELECT 1", "SELECT '\ud800'", "SELECT 1 \0; DROP VIEW tokens"])
+def test_odd_characters_are_answered_or_refused(connection: Connection, text: str) -> None:
+    before = _state(connection)
+    with suppress(QueryError):
+        connection.sql(text)
+    assert _state(connection) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("SELECT sum(x) AS s FROM (VALUES (1), (2)) t(x)", (pa.int64(), [3])),
+        ("SELECT (-9223372036854775808)::HUGEINT AS s", (pa.int64(), [-(1 << 63)])),
+        ("SELECT 9223372036854775808::HUGEINT AS s", (pa.decimal128(38, 0), [Decimal(1 << 63)])),
+        ("SELECT NULL::HUGEINT AS s", (pa.int64(), [None])),
+        ("SELECT 1.5::DECIMAL(4, 1) AS s", (pa.decimal128(4, 1), [Decimal("1.5")])),
+    ],
+)
+def test_whole_decimals_that_fit_are_integers(
+    connection: Connection, text: str, expected: tuple[pa.DataType, list[object]]
+) -> None:
+    table = connection.sql(text).table
+    assert (table.schema.field("s").type, table["s"].to_pylist()) == expected
 
 
 def test_the_engine_refuses_even_what_the_check_would_let_pass(

@@ -201,11 +201,45 @@ def test_lens_tables(source: FakeSource, connection: Connection) -> None:
             _rows(source, shard).tolist(), values, ids, strict=True
         ):
             known = rank >= 0
-            entropy, kl = _plain(entropy), _plain(kl)
             summary.append((lens, site, row, rank if known else None, target if known else None, entropy, kl))
-            tokens += [(lens, site, row, k + 1, top[k], _plain(logprobs[k])) for k in range(N_RANKS)]
+            tokens += [(lens, site, row, k + 1, top[k], logprobs[k]) for k in range(N_RANKS)]
     assert ask(connection, "FROM lens_summary ORDER BY row") == summary
     assert ask(connection, "FROM lens_tokens ORDER BY row, rank") == tokens
+
+
+@pytest.fixture(scope="module")
+def unmeasured(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An index over one shard in which a model gave no numbers for row 3; its integers are whatever was there."""
+    source = FakeSource(segments_shards=(1,))
+    source.extract(0)
+    lens = "/".join(("lens", *LENS))
+    for path in ("predictions/values", f"{lens}/values", f"reconstruction/{HALF}"):
+        source.matrices[path, 0][3] = np.nan
+    for path in ("predictions/ids", f"{lens}/ids"):
+        source.matrices[path, 0][3] = 7
+    source.matrices[f"{lens}/values", 0][5, -1] = np.nan
+    directory: Path = tmp_path_factory.mktemp("unmeasured")
+    with open_index(build_index(source, directory), lambda name: directory / name, threads=1) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("SELECT * EXCLUDE (target_id) FROM predictions WHERE row = 3", [(3, None, None, None, None)]),
+        ("SELECT target_id FROM predictions WHERE row = 3", [(7,)]),
+        (f"SELECT l0, norm, error_norm FROM reconstruction WHERE row = 3 AND sae = '{HALF}'", [(None, None, None)]),
+        ("SELECT min(l0) >= 0, count(*) - count(l0) FROM reconstruction", [(True, 1)]),
+        ("SELECT * EXCLUDE (lens, site) FROM lens_summary WHERE row = 3", [(3, None, None, None, None)]),
+        ("SELECT rank FROM lens_tokens WHERE row = 3", []),
+        ("SELECT rank FROM lens_tokens WHERE row = 5", [(1,), (2,)]),
+        ("SELECT count(*) FROM predictions WHERE isnan(entropy) OR isnan(top1_prob) OR isnan(target_logprob)", [(0,)]),
+    ],
+)
+def test_what_was_not_measured_is_null_and_never_a_number(
+    unmeasured: Connection, query: str, expected: list[tuple[Any, ...]]
+) -> None:
+    assert ask(unmeasured, query) == expected
 
 
 def test_every_positive_half_is_decoded_exactly(tmp_path: Path) -> None:

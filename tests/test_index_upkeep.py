@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,33 @@ def test_orphans_are_named_apart_from_faults_and_collected(index: Path) -> None:
     assert [path.name for path in find_orphans(index)] == sorted([*strays, spill.name])
     assert gc_index(index) == sorted([*strays, spill.name])
     assert hashes(index) == before and not spill.exists()
+
+
+def test_collection_removes_a_link_and_not_what_it_leads_to(index: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_bytes(b"x")
+    (index / "link").symlink_to(tmp_path / "elsewhere")
+    assert gc_index(index) == ["link"] and not (index / "link").is_symlink()
+    assert (tmp_path / "elsewhere" / "kept").exists()
+
+
+def test_a_name_that_only_resembles_a_catalog_is_an_orphan(index: Path) -> None:
+    (index / "catalog-old.json").write_bytes(b"{}")
+    assert verify_index(index) == [] and gc_index(index) == ["catalog-old.json"]
+
+
+def test_collection_compares_and_removes_under_the_lock(index: Path) -> None:
+    (index / "core.98.duckdb").write_bytes(b"x")
+    seen: list[bool] = []
+
+    @contextmanager
+    def held() -> Iterator[None]:
+        (index / "core.99.duckdb").write_bytes(b"x")
+        seen.append((index / "core.98.duckdb").exists())
+        yield
+        seen.append((index / "core.98.duckdb").exists())
+
+    assert gc_index(index, lock=held()) == ["core.98.duckdb", "core.99.duckdb"] and seen == [True, False]
 
 
 @pytest.fixture(scope="module")
