@@ -52,6 +52,17 @@ def source() -> FakeSource:
 
 
 @pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[FakeSource, Path]:
+    """All shards in one build, within the usual bounds; nobody changes either."""
+    directory = tmp_path_factory.mktemp("whole")
+    made = FakeSource()
+    made.saes = [HALF]
+    made.extract(0, 1, 2, 3, 4)
+    build_index(made, directory)
+    return made, directory
+
+
+@pytest.fixture(scope="module")
 def five_builds(tmp_path_factory: pytest.TempPathFactory) -> tuple[FakeSource, Path]:
     """An index that was brought up to date after every shard; its last firings part holds floats."""
     directory = tmp_path_factory.mktemp("five_builds")
@@ -136,28 +147,26 @@ def test_feature_logits_computed_later_renew_only_the_features(source: FakeSourc
 
 @pytest.mark.parametrize("max_firings", [1, 700, 1500], ids=["shard by shard", "some together", "all but one"])
 def test_ranges_that_fit_in_memory_say_the_same(
-    source: FakeSource, tmp_path: Path, max_firings: int, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[FakeSource, Path], tmp_path: Path, max_firings: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source.extract(1, 2, 4)
-    build_index(source, tmp_path / "whole")
+    source, directory = whole
     monkeypatch.setattr(firing_parts, "MAX_FIRINGS", max_firings)
     split = build_index(source, tmp_path / "split")
     assert len(split.select("firings", HALF)) > 1
-    assert content(tmp_path / "split") == content(tmp_path / "whole")
+    assert content(tmp_path / "split") == content(directory)
 
 
 @pytest.mark.parametrize("block", [1, 40, 200], ids=["every feature too large", "some too large", "several blocks"])
 def test_feature_blocks_of_any_size_say_the_same(
-    source: FakeSource, tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[FakeSource, Path], tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source.extract(1, 2, 4)
-    build_index(source, tmp_path / "whole")
+    source, directory = whole
     monkeypatch.setattr(feature_parts, "MAX_BLOCK_FIRINGS", block)
     build_index(source, tmp_path / "split")
     names = {column: f"round({column}, 9)" for column in ("mean_activation", "std_activation")}
     query = f"SELECT * REPLACE ({', '.join(f'{v} AS {k}' for k, v in names.items())}) FROM features ORDER BY ALL"
     monkeypatch.setitem(ORDERED, "features", query)  # sums are added in another order
-    assert content(tmp_path / "split") == content(tmp_path / "whole")
+    assert content(tmp_path / "split") == content(directory)
 
 
 def test_compaction_leaves_at_most_four_parts_with_the_same_content(many_parts: tuple[FakeSource, Path]) -> None:

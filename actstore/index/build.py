@@ -6,6 +6,7 @@ have other receipts now (an artifact was dropped and made again) is left out and
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,8 +45,9 @@ def build_index(
 ) -> Catalog:
     """Index every shard that is done, as new parts beside the present ones, and return the current catalog.
 
-    `lock` is entered only while the catalog changes. `compact` also joins parts where a kind has more than
-    `MAX_PARTS` of one subject. Where nothing is new the catalog stays as it is.
+    The caller keeps other builds and `gc_index` away meanwhile (`index.lock`): parts that no catalog names yet look
+    like orphans. `lock` is entered only while the catalog changes. `compact` also joins parts where a kind has more
+    than `MAX_PARTS` of one subject. Where nothing is new the catalog stays as it is.
     Raises StoreBusy where another process changed the index meanwhile, NoSpace, CorruptStore.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -70,6 +72,8 @@ class _Build:
         self.workshop = workshop
         self.progress = progress
         self.small = source.tables()
+        # One snapshot of what is done: asked once, and the same for all that is made from an artifact.
+        self.done = functools.cache(source.done)
 
     def parts(self, compact: bool) -> Iterator[Part]:
         yield self._core()
@@ -109,7 +113,7 @@ class _Build:
     def _by_content(self, kind: str, subject: str, content: str, append: Callable[[PartWriter], None]) -> Part:
         """Return the present part where it was made from the same content, else a new one."""
         for part in self.before.select(kind, subject):
-            if part.facts["content"] == content:
+            if part.facts.get("content") == content:
                 return part
         with self.workshop.writing(kind, ".".join(filter(None, (kind, subject)))) as writer:
             append(writer)
@@ -122,7 +126,7 @@ class _Build:
         return kept, sorted(done.keys() - covered)
 
     def _rows(self, job: RowJob) -> Iterator[Part]:
-        done = self.source.done(job.artifact)
+        done = self.done(job.artifact)
         kept, missing = self._present(job.kind, job.subject, done)
         yield from kept
         n_shards = max(MAX_PART_ROWS // self.source.shard_rows, 1)
@@ -144,15 +148,15 @@ class _Build:
         if not firings and logits is None:
             return
         content = content_of_features(firings, logits)
-        present = [part for part in self.before.select("features", sae) if part.facts["content"] == content]
+        present = [part for part in self.before.select("features", sae) if part.facts.get("content") == content]
         yield present[0] if present else write_features(self.workshop, sae, width, firings, logits)
 
     def _firings(self, sae: str, width: int) -> Iterator[Part]:
-        done = self.source.done(f"firings/{sae}")
+        done = self.done(f"firings/{sae}")
         kept, missing = self._present("firings", sae, done)
         yield from kept
         n_done = 0
-        for part in write_firings(self.workshop, self.source, sae, width, missing):
+        for part in write_firings(self.workshop, self.source, sae, width, {shard: done[shard] for shard in missing}):
             n_done += len(part.shards)
             self.progress(f"firings {sae}", n_done, len(missing))
             yield part

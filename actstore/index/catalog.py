@@ -7,39 +7,81 @@ catalog before `CURRENT` does. Whoever changes `CURRENT` must have started from 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise, starmap
 from pathlib import Path
 from typing import Any, Self
 
 from actstore.errors import CorruptStore, StoreBusy, explain
 from actstore.sealed import digest_of, fsync_directory, seal, sha256_hex, unseal, write_durably
 
-__all__ = ["CURRENT", "EMPTY", "Catalog", "Cover", "Lock", "Names", "Part", "load_catalog", "publish", "read_catalog"]
+from .schema import PART_TABLES, SUBJECT_COLUMNS
+
+__all__ = [
+    "CATALOG_NAME",
+    "CURRENT",
+    "EMPTY",
+    "Catalog",
+    "Cover",
+    "Lock",
+    "Names",
+    "Part",
+    "load_catalog",
+    "publish",
+    "read_catalog",
+]
 
 CURRENT = "CURRENT"
 Lock = AbstractContextManager[object]
+MAX_SHARDS = 10_000_000
+CATALOG_NAME = re.compile(r"catalog-\d{1,18}\.json", re.ASCII)
+# A name of one file in the index's own directory, whatever joins it to a path or a URL.
+_PART_NAME = re.compile(r"[A-Za-z0-9][\w.@+=-]*\.duckdb", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _NUMBERED = re.compile(r"[.-](\d+)\.(?:duckdb|json)$")
 
 
 @dataclass(frozen=True)
 class Cover:
-    """Shards that a part holds, with one digest over the receipts they had then."""
+    """Shards that a part holds, with one digest over the receipts they had then.
 
-    shards: tuple[int, ...]
+    `runs` are [first, end), apart and in order; they stay runs, since a catalog from elsewhere may claim any number.
+    """
+
+    runs: tuple[tuple[int, int], ...]
     receipts: str
+
+    def __post_init__(self) -> None:
+        bounds = list(chain.from_iterable(self.runs))
+        ordered = all(isinstance(bound, int) for bound in bounds) and all(a < b for a, b in pairwise([-1, *bounds]))
+        if not bounds or not ordered or bounds[-1] > MAX_SHARDS or not _SHA256.fullmatch(self.receipts):
+            raise CorruptStore(
+                explain(f"The index says it covers {self.runs[:4]}…, which no part can", next_step=_REBUILD)
+            )
+
+    @property
+    def first(self) -> int:
+        return self.runs[0][0]
+
+    @property
+    def end(self) -> int:
+        return self.runs[-1][1]
+
+    @property
+    def shards(self) -> Iterator[int]:
+        return chain.from_iterable(starmap(range, self.runs))
 
     @classmethod
     def of(cls, done: Mapping[int, str], shards: Sequence[int]) -> Self:
         """Return the cover of `shards`; `done` has the digest of each one's receipt."""
         ordered = tuple(sorted(shards))
-        return cls(ordered, digest_of([[shard, done[shard]] for shard in ordered]))
+        return cls(_runs(ordered), digest_of([[shard, done[shard]] for shard in ordered]))
 
     def holds(self, done: Mapping[int, str]) -> bool:
         """Return whether every shard still has the receipt it had."""
-        return all(shard in done for shard in self.shards) and Cover.of(done, self.shards) == self
+        return all(shard in done for shard in self.shards) and Cover.of(done, list(self.shards)) == self
 
 
 @dataclass(frozen=True)
@@ -55,21 +97,33 @@ class Part:
     covers: tuple[Cover, ...] = ()
     facts: Mapping[str, str | int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        n_names = len(SUBJECT_COLUMNS.get(self.kind, ()))
+        sane = (
+            self.kind in PART_TABLES
+            and (not n_names or len(self.subject.split("/")) == n_names)
+            and _PART_NAME.fullmatch(self.name)
+            and _SHA256.fullmatch(self.sha256)
+            and all(isinstance(number, int) and 0 <= number < 1 << 62 for number in (self.n_bytes, self.n_rows))
+            and (self.kind != "firings" or self.facts["activation"] in ("half", "float"))
+            and (self.kind != "firings" or isinstance(self.facts["plain_rows"], int))
+        )
+        if not sane:
+            raise CorruptStore(explain(f"The index lists {self.name!r}, which is no part of one", next_step=_REBUILD))
+
     @property
     def shards(self) -> frozenset[int]:
-        return frozenset(shard for cover in self.covers for shard in cover.shards)
+        return frozenset(chain.from_iterable(cover.shards for cover in self.covers))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the part as JSON values; shards are written as runs [first, end)."""
-        covers = [{"runs": _runs(cover.shards), "receipts": cover.receipts} for cover in self.covers]
-        return {**asdict(self), "covers": covers, "facts": dict(self.facts)}
+        """Return the part as JSON values."""
+        return asdict(self)
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Self:
-        """Return the part that `to_json` wrote."""
+        """Return the part that `to_json` wrote; raises CorruptStore for what no part can be."""
         covers = tuple(
-            Cover(tuple(shard for first, end in cover["runs"] for shard in range(first, end)), cover["receipts"])
-            for cover in body["covers"]
+            Cover(tuple((first, end) for first, end in cover["runs"]), cover["receipts"]) for cover in body["covers"]
         )
         return cls(**{**body, "covers": covers})
 
@@ -97,9 +151,12 @@ class Catalog:
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> Self:
-        """Return a catalog; raises CorruptStore where a byte was changed."""
+        """Return a catalog; raises CorruptStore where a byte was changed, or for what no index has."""
         body = unseal(data, name)
-        return cls(body["number"], tuple(map(Part.from_json, body["parts"])), body["next_number"])
+        try:
+            return cls(int(body["number"]), tuple(map(Part.from_json, body["parts"])), int(body["next_number"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise CorruptStore(explain(f"{name} is sealed but is no catalog", next_step=_REBUILD)) from None
 
 
 EMPTY = Catalog(0, (), 1)
@@ -114,12 +171,14 @@ def load_catalog(read: Callable[[str], bytes]) -> Catalog:
         current = unseal(read(CURRENT), CURRENT)
     except FileNotFoundError:
         return EMPTY
-    name = current["catalog"]
+    name = str(current.get("catalog"))
+    if not CATALOG_NAME.fullmatch(name):
+        raise CorruptStore(explain(f"{CURRENT} names {name!r}, which is no catalog", next_step=_REBUILD))
     try:
         data = read(name)
     except FileNotFoundError:
         raise CorruptStore(explain(f"{CURRENT} names {name}, which is missing", next_step=_REBUILD)) from None
-    if sha256_hex(data) != current["sha256"]:
+    if sha256_hex(data) != current.get("sha256"):
         raise CorruptStore(explain(f"{name} is not the file that {CURRENT} names", next_step=_REBUILD))
     return Catalog.from_bytes(data, name)
 
@@ -168,10 +227,10 @@ class Names:
             return number, path
 
 
-def _runs(shards: Sequence[int]) -> list[list[int]]:
+def _runs(shards: Sequence[int]) -> tuple[tuple[int, int], ...]:
     starts = [0] + [place + 1 for place, (one, other) in enumerate(pairwise(shards)) if other != one + 1]
     ends = [*starts[1:], len(shards)]
-    return [[shards[start], shards[end - 1] + 1] for start, end in zip(starts, ends, strict=True) if shards]
+    return tuple((shards[start], shards[end - 1] + 1) for start, end in zip(starts, ends, strict=True) if shards)
 
 
 def _busy(why: str) -> str:

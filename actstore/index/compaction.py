@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+from .attaching import attach_parts
 from .catalog import Catalog, Cover, Lock, Names, Part, publish, read_catalog
-from .engine import attach
 from .feature_parts import attach_firings, block_firings, feature_blocks
 from .parts import PartWriter, Workshop
-from .schema import PART_TABLES
+from .schema import PART_TABLES, quote_name
 
 __all__ = ["MAX_PARTS", "compact", "compact_parts"]
 
@@ -55,11 +55,10 @@ def compact_parts(workshop: Workshop, parts: Sequence[Part]) -> list[Part]:
 def _join_rows(workshop: Workshop, parts: Sequence[Part]) -> Part:
     kind, subject = parts[0].kind, parts[0].subject
     with workshop.writing(kind, _stem(parts)) as writer:
-        for number, part in enumerate(parts):
-            attach(writer.connection, workshop.directory / part.name, f"p{number}")
-        for table in PART_TABLES[kind]:
-            for number in range(len(parts)):
-                writer.append_query(table, f"SELECT * FROM p{number}.{table}")
+        attached = attach_parts(writer.connection, parts, lambda part: workshop.directory / part.name)
+        for table, columns in PART_TABLES[kind].items():
+            for alias, _ in attached:
+                writer.append_query(table, f"SELECT {', '.join(map(quote_name, columns))} FROM {alias}.{table}")
     return workshop.finish(kind, subject, writer, _covers(parts))
 
 
@@ -81,9 +80,9 @@ def _append_firings(writer: PartWriter, workshop: Workshop, parts: Sequence[Part
 
 
 def _stem(parts: Sequence[Part]) -> str:
-    shards = frozenset[int]().union(*(part.shards for part in parts))
+    first, end = min(cover.first for cover in _covers(parts)), max(cover.end for cover in _covers(parts))
     names = [parts[0].kind, *filter(None, parts[0].subject.split("/"))]
-    return ".".join([*names, f"{min(shards)}-{max(shards) + 1}"])
+    return ".".join([*names, f"{first}-{end}"])
 
 
 def _covers(parts: Sequence[Part]) -> list[Cover]:

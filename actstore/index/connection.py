@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from actstore.errors import CorruptStore, QueryError, explain
 
+from .attaching import attach_parts, refuse_callables
 from .catalog import Catalog, Part
-from .engine import REMAKE, attach, in_memory, reading_error
+from .engine import REMAKE, in_memory, reading_error
 from .functions import Raised, SqlFunction, register
 from .late import call_late
 from .schema import TABLES, create_table, quote_name
@@ -82,7 +83,7 @@ class Connection:
         self._functions = frozenset(functions)
 
     def sql(self, text: str, parameters: Parameters = None, *, limit: int | None = None) -> Answer:
-        """Return what one statement says, at most `limit` rows of it.
+        """Return what one statement says, at most `limit` rows of it; whole decimals that fit are int64.
 
         `parameters` are bound: a sequence for `?`, a mapping for `$name`.
         Raises QueryError, saying what is accepted, for anything but one reading statement or where it is wrong;
@@ -96,7 +97,7 @@ class Connection:
                 n_rows += batch.num_rows
                 if limit is not None and n_rows > limit:
                     break
-            table = pa.Table.from_batches(held, reader.schema)
+            table = _with_integers(pa.Table.from_batches(held, reader.schema))
         truncated = limit is not None and n_rows > limit
         return Answer(table.slice(0, limit) if truncated else table, truncated)
 
@@ -145,6 +146,15 @@ class Connection:
             raise self._raised.find(str(error)) or reading_error(error) from None
 
 
+def _with_integers(table: pa.Table) -> pa.Table:
+    """Return the table with int64 where a column of decimals without places fits: DuckDB's sums of integers."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_decimal128(field.type) and field.type.scale == 0:
+            with suppress(pa.ArrowInvalid):  # a value that does not fit keeps the column as it is
+                table = table.set_column(place, field.name, table.column(place).cast(pa.int64()))
+    return table
+
+
 def _bound(parameters: Parameters) -> Any:
     return dict(parameters) if isinstance(parameters, Mapping) else list(parameters or ())
 
@@ -157,9 +167,8 @@ def _prepare(
     labels: Labels,
     raised: Raised,
 ) -> duckdb.DuckDBPyConnection:
-    attached = [(f"p{number}", part) for number, part in enumerate(catalog.parts)]
-    for alias, part in attached:
-        attach(connection, _present(locate(part.name), part), alias)
+    attached = attach_parts(connection, catalog.parts, lambda part: _present(locate(part.name), part))
+    refuse_callables(connection, attached)
     for function in functions:
         register(connection, function, raised)
     _add_labels(connection, labels)

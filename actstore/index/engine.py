@@ -47,9 +47,10 @@ def in_memory(**config: str | int | bool) -> duckdb.DuckDBPyConnection:
 
 
 def attach(connection: duckdb.DuckDBPyConnection, path: Path, alias: str, options: str = "READ_ONLY") -> None:
-    """Attach a part; raises CorruptStore where it cannot be opened."""
+    """Attach a DuckDB file; raises CorruptStore where it cannot be opened."""
     with translate_reading(path.name):
-        connection.execute(f"ATTACH {quote_text(str(path))} AS {quote_name(alias)} ({options})")
+        # Without a type DuckDB looks at the file, and would fetch and load an extension for other databases.
+        connection.execute(f"ATTACH {quote_text(str(path))} AS {quote_name(alias)} (TYPE duckdb, {options})")
 
 
 def fetch_columns(connection: duckdb.DuckDBPyConnection, query: str) -> dict[str, npt.NDArray[Any]]:

@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from actstore.sealed import digest_of, sha256_hex
 
+from .attaching import attach_parts
 from .catalog import Part
-from .engine import attach, fetch_columns
+from .engine import fetch_columns
 from .parts import PartWriter, Workshop
 from .statistics import EXAMPLES, FeatureSummary, Values, summarise, top_rows, weakest_examples
 from .views import coded_query, firings_query
@@ -41,7 +42,7 @@ class Block:
 
 def content_of_features(firings: Sequence[Part], logits: Logits | None) -> str:
     """Return a digest of what a features part is made from."""
-    covers = sorted([cover.shards[0], cover.receipts] for part in firings for cover in part.covers)
+    covers = sorted([cover.first, cover.receipts] for part in firings for cover in part.covers)
     arrays = [] if logits is None else [sha256_hex(np.ascontiguousarray(array).data) for array in logits]
     return digest_of([covers, arrays])
 
@@ -72,9 +73,7 @@ def attach_firings(
 
     `coded` leaves activations as half codes; every part must hold halves then.
     """
-    attached = [(f"p{number}", part) for number, part in enumerate(parts)]
-    for alias, part in attached:
-        attach(connection, workshop.directory / part.name, alias)
+    attached = attach_parts(connection, parts, lambda part: workshop.directory / part.name)
     nothing = "SELECT 0 AS feature, 0::BIGINT AS row, 0::FLOAT AS activation, true AS plain WHERE false"
     query = (coded_query if coded else firings_query)(attached) or nothing
     connection.execute(f"CREATE TEMP VIEW firings AS SELECT feature, row, activation, plain FROM ({query})")

@@ -6,7 +6,7 @@ shard would exceed the memory; many ranges of one SAE are joined later by `compa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,11 +106,10 @@ def half_codes(activations: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16] |
 
 
 def write_firings(
-    workshop: Workshop, source: Source, sae: str, n_features: int, shards: Sequence[int]
+    workshop: Workshop, source: Source, sae: str, n_features: int, done: Mapping[int, str]
 ) -> Iterator[Part]:
-    """Write the firings of some shards as parts, one per range, and yield each."""
-    done = source.done(f"firings/{sae}")
-    for blocks in firing_ranges(source, sae, shards, min(MAX_FIRINGS, workshop.memory_bytes // BYTES_PER_FIRING)):
+    """Write the firings of some shards as parts, one per range, and yield each; `done` has their receipts' digests."""
+    for blocks in firing_ranges(source, sae, list(done), min(MAX_FIRINGS, workshop.memory_bytes // BYTES_PER_FIRING)):
         cover = Cover.of(done, [block.shard for block in blocks])
         by_feature = transpose(blocks, n_features)
         blocks.clear()
@@ -120,7 +119,7 @@ def write_firings(
 def _write_range(workshop: Workshop, sae: str, firings: FeatureMajor, cover: Cover) -> Part:
     codes = half_codes(firings.activations)
     stored = firings.activations if codes is None else codes
-    stem = f"firings.{sae}.{cover.shards[0]}-{cover.shards[-1] + 1}"
+    stem = f"firings.{sae}.{cover.first}-{cover.end}"
     with workshop.writing("firings", stem, activation="FLOAT" if codes is None else "USMALLINT") as writer:
         append_chunks(writer, firings, stored)
     facts = {"activation": "float" if codes is None else "half", "plain_rows": int(np.count_nonzero(firings.plain))}

@@ -106,10 +106,10 @@ def _predictions(source: Source, shard: int) -> ShardTables:
     columns = {
         "row": row_numbers(source, shard, len(last)),
         "target_id": pa.array(ids["target_id"], mask=last),
-        "target_logprob": pa.array(values["target_logprob"], mask=last),
-        "entropy": values["entropy"],
-        "top1_id": ids["top1_id"],
-        "top1_prob": values["top1_prob"],
+        "target_logprob": _known(values["target_logprob"]),
+        "entropy": _known(values["entropy"]),
+        "top1_id": pa.array(ids["top1_id"], mask=np.isnan(values["top1_prob"])),
+        "top1_prob": _known(values["top1_prob"]),
     }
     return {"predictions": pa.table(columns)}
 
@@ -118,8 +118,9 @@ def _reconstruction_job(source: Source, sae: str) -> RowJob:
     def tables(shard: int) -> ShardTables:
         values = _columns(source.matrix(f"reconstruction/{sae}", shard), RECONSTRUCTION_VALUES)
         rows = row_numbers(source, shard, len(values["l0"]))
-        columns = {"row": rows, "l0": values["l0"].astype(np.int32), "norm": values["norm"]}
-        return {"reconstruction": pa.table({**columns, "error_norm": values["error_norm"]})}
+        counts = pa.array(np.nan_to_num(values["l0"]).astype(np.int32), mask=np.isnan(values["l0"]))
+        norms = {name: _known(values[name]) for name in ("norm", "error_norm")}
+        return {"reconstruction": pa.table({"row": rows, "l0": counts, **norms})}
 
     return RowJob("reconstruction", sae, f"firings/{sae}", tables)
 
@@ -139,6 +140,7 @@ def _lens_job(source: Source, subject: str) -> RowJob:
 
 
 def _lens_tokens(rows: npt.NDArray[np.int64], ids: Matrix, logprobs: Matrix) -> pa.Table:
+    """Return the ranked tokens; a rank that has no log-probability is left out."""
     n_rows, n_ranks = ids.shape
     columns = {
         "row": np.repeat(rows, n_ranks),
@@ -146,19 +148,18 @@ def _lens_tokens(rows: npt.NDArray[np.int64], ids: Matrix, logprobs: Matrix) -> 
         "token_id": ids.reshape(-1),
         "logprob": logprobs.reshape(-1),
     }
-    return pa.table(columns)
+    return pa.table(columns).filter(pa.array(~np.isnan(columns["logprob"])))
 
 
 def _lens_summary(rows: npt.NDArray[np.int64], ids: Mapping[str, Matrix], values: Mapping[str, Matrix]) -> pa.Table:
-    last = ids["target_rank"] < 0
-    columns = {
-        "row": rows,
-        "target_rank": pa.array(ids["target_rank"], mask=last),
-        "target_logprob": pa.array(values["target_logprob"], mask=last),
-        "entropy": values["entropy"],
-        "kl_to_final": values["kl_to_final"],
-    }
-    return pa.table(columns)
+    unranked = (ids["target_rank"] < 0) | np.isnan(values["target_logprob"])
+    measured = {name: _known(values[name]) for name in LENS_VALUES}
+    return pa.table({"row": rows, "target_rank": pa.array(ids["target_rank"], mask=unranked), **measured})
+
+
+def _known(values: Matrix) -> pa.Array:
+    """Return the values with NULL in place of NaN, which the arrays hold where nothing could be measured."""
+    return pa.array(values, mask=np.isnan(values))
 
 
 def _columns(matrix: Matrix, names: tuple[str, ...]) -> dict[str, Matrix]:

@@ -23,9 +23,14 @@ from .schema import TABLES
 __all__ = ["ACCEPTED", "MAX_TEXT_BYTES", "Statement", "check_statement"]
 
 MAX_TEXT_BYTES = 1 << 16
-ACCEPTED = "one SELECT (also WITH, FROM, VALUES), DESCRIBE, SHOW TABLES, SUMMARIZE, or EXPLAIN of a SELECT"
+ACCEPTED = (
+    "one SELECT (also WITH, FROM, VALUES), DESCRIBE, SHOW TABLES, SUMMARIZE, or EXPLAIN (the first word) of a SELECT"
+)
 
-_EXPLAIN = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*EXPLAIN\s+(?:ANALYZE\s+)?", re.IGNORECASE | re.DOTALL)
+# No comment may stand before or within: where one ends is for DuckDB's parser to say, which nests them.
+_EXPLAIN = re.compile(r"\s*EXPLAIN\s+(ANALYZE\s+)?", re.IGNORECASE | re.ASCII)
+# DuckDB's own relations, and what it would take for a file, are found by a bare name where no CTE of that name reaches.
+_NOT_FOR_CTES = re.compile(r"(duckdb|pg|pragma|sqlite)_.*|.*[./:\\].*", re.IGNORECASE | re.DOTALL)
 _QUERY_NODES = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"})
 _SOURCES = frozenset(
     {"BASE_TABLE", "EMPTY", "EXPRESSION_LIST", "JOIN", "PIVOT", "SHOW_REF", "SUBQUERY", "TABLE_FUNCTION"}
@@ -39,7 +44,10 @@ Node = dict[str, Any]
 
 @dataclass(frozen=True)
 class Statement:
-    """One statement that was found to be only reading, with its outermost node (None for EXPLAIN) and all nodes."""
+    """One statement that was found to be only reading, with its outermost node (None for EXPLAIN) and all nodes.
+
+    `text` is what to execute: nothing else was checked.
+    """
 
     text: str
     select: Node | None
@@ -55,15 +63,38 @@ def check_statement(connection: duckdb.DuckDBPyConnection, text: str) -> Stateme
             )
         )
     explained = _EXPLAIN.match(text)
-    tree = _parse(connection, text[explained.end() :] if explained else text)
+    question = text[explained.end() :] if explained else text
+    tree = _parse(connection, question)
     nodes = list(_walk(tree))
-    known = {str(entry["key"]).lower() for node in nodes for entry in _ctes(node)} | TABLES.keys()
+    _check_nodes(nodes)
+    if not explained:
+        _check_kind_of_text(connection, text, duckdb.StatementType.SELECT)
+        return Statement(text, tree["statements"][0]["node"], nodes)
+    checked = f"EXPLAIN {'ANALYZE ' if explained[1] else ''}{question}"
+    _check_kind_of_text(connection, checked, duckdb.StatementType.EXPLAIN)
+    return Statement(checked, None, nodes)
+
+
+def _check_nodes(nodes: Sequence[Node]) -> None:
+    ctes = {str(entry["key"]).lower() for node in nodes for entry in _ctes(node)}
+    for name in ctes:
+        if _NOT_FOR_CTES.fullmatch(name):
+            raise QueryError(explain(f"A query of WITH cannot be called {name!r}", accepted="a name of its own"))
     for node in nodes:
         _check_kind(node)
         _check_function(node)
         if node.get("type") == "BASE_TABLE":
-            _check_table(node, known)
-    return Statement(text, None if explained else tree["statements"][0]["node"], nodes)
+            _check_table(node, ctes)
+
+
+def _check_kind_of_text(connection: duckdb.DuckDBPyConnection, text: str, expected: duckdb.StatementType) -> None:
+    """Refuse what the parser of the execution reads as anything but one statement of the expected kind."""
+    try:
+        found = [statement.type for statement in connection.extract_statements(text)]
+    except duckdb.Error as error:
+        raise QueryError(one_line(error)) from None
+    if found != [expected]:
+        raise QueryError(explain("This statement does more than read the tables", accepted=ACCEPTED))
 
 
 def _parse(connection: duckdb.DuckDBPyConnection, text: str) -> Node:
@@ -127,8 +158,9 @@ def _check_function(node: Node) -> None:
         raise QueryError(explain(f"The function {name!r} is not available here", accepted="functions of values"))
 
 
-def _check_table(node: Node, known: set[str]) -> None:
+def _check_table(node: Node, ctes: set[str]) -> None:
     path = node["qualified_name"]["path"]
+    known = ctes | TABLES.keys() if len(path) == 1 else set(TABLES)
     if path[:-1] in ([], ["main"]) and path[-1].lower() in known:
         return
     name = ".".join(path)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
 from actstore.errors import ActstoreError, CorruptStore
 
-from .catalog import CURRENT, Catalog, Lock, Part, read_catalog
+from .catalog import CATALOG_NAME, CURRENT, Catalog, Lock, Part, read_catalog
 from .parts import sha256_of
 
 __all__ = ["find_orphans", "gc_index", "verify_index"]
@@ -33,6 +34,7 @@ def verify_index(directory: Path) -> list[str]:
 def find_orphans(directory: Path, keep: int = 1) -> list[Path]:
     """Return the files that neither the current catalog nor the `keep` − 1 before it name, in order of name.
 
+    Files of a build that runs are among them: only who holds `index.lock` knows that there is none, and may remove.
     None are returned where a catalog cannot be read: what it names is not known then, and `verify_index` says why.
     """
     try:
@@ -54,8 +56,10 @@ def _unnamed(directory: Path, keep: int) -> list[Path]:
 
 
 def gc_index(directory: Path, keep: int = 1, *, lock: Lock | None = None) -> list[str]:
-    """Remove what `find_orphans` finds, and return the names; a build that runs meanwhile fails with StoreBusy.
+    """Remove what `find_orphans` finds, and return the names.
 
+    The caller holds `index.lock`, as for `build_index`, so that no build runs: one that did would lose its parts and
+    fail with StoreBusy. `lock` is what `build_index` takes as `lock`, entered while names are compared and removed.
     Raises CorruptStore where a catalog cannot be read: nothing is removed then.
     """
     with lock or nullcontext():
@@ -83,7 +87,7 @@ def _part_fault(directory: Path, part: Part) -> str | None:
 
 
 def _catalogs(directory: Path) -> list[Path]:
-    return sorted(directory.glob("catalog-*.json"))
+    return sorted(path for path in directory.glob("catalog-*.json") if CATALOG_NAME.fullmatch(path.name))
 
 
 def _number(path: Path) -> int:
@@ -91,10 +95,8 @@ def _number(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    # DuckDB's spill directory of a build that was killed is the only kind of directory here.
-    if path.is_dir():
-        for inside in path.iterdir():
-            inside.unlink()
-        path.rmdir()
+    # DuckDB's spill directory of a build that was killed is the only kind of directory here; a link's target stays.
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
