@@ -134,7 +134,7 @@ class Store:
 
     @cached_property
     def catalog(self) -> Catalog:
-        """The index's catalog as it was when the store was opened.
+        """The index's catalog, as it was when it was first asked for.
 
         Raises MissingInput where the store was not indexed yet.
         """

@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60_000)
     documents = workload.repeated_documents(parser.parse_args().tokens)
     print(f"machine: {workload.machine()}, {torch.get_num_threads()} threads")
-    print(f"{'kind':<32} {'tokens/s':>9} {'of bare':>8} {'bytes/token':>12} {'bytes/firing':>13}")
+    print(f"{'kind':<32} {'tokens/s':>9} {'bare tokens/s':>14} {'ratio':>6} {'bytes/token':>12} {'bytes/firing':>13}")
     with tempfile.TemporaryDirectory() as home:
         for name, kind in KINDS.items():
             store = Path(home) / name.split()[0] / name.replace(" ", "-")
@@ -85,8 +85,12 @@ def print_line(name: str, store: Path, outcome: Any, bare_seconds: float) -> Non
     firing_bytes = sum(path.stat().st_size for path in store.glob("firings/*/[0-9]*.zip"))
     total = sum(size for key, size in sizes.items() if key not in ("kit", "corpus"))
     per_firing = f"{firing_bytes / n_firings:.2f}" if n_firings else "-"
-    speed, share = outcome.n_rows_made / outcome.seconds, bare_seconds / outcome.seconds
-    print(f"{name:<32} {speed:>9.0f} {share:>8.2f} {total / outcome.n_rows_made:>12.0f} {per_firing:>13}", flush=True)
+    n_rows, bytes_per_token = outcome.n_rows_made, total / outcome.n_rows_made
+    speed, bare = n_rows / outcome.seconds, n_rows / bare_seconds
+    print(
+        f"{name:<32} {speed:>9.0f} {bare:>14.0f} {speed / bare:>6.2f} {bytes_per_token:>12.0f} {per_firing:>13}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

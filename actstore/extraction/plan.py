@@ -13,7 +13,7 @@ from actstore.errors import NoSpace, explain
 
 __all__ = ["BYTES_PER_FIRING", "BYTES_PER_INDEX_FIRING", "Plan", "Size", "check_disk", "estimate"]
 
-# Measured by benchmarks/extract.py and benchmarks/query.py; see docs/benchmarks.md.
+# A little above what benchmarks/extract.py and benchmarks/query.py print: see docs/benchmarks.md.
 BYTES_PER_FIRING = 3.5
 BYTES_PER_INDEX_FIRING = 4.3
 BYTES_PER_INDEX_ROW = {"predictions": 19.0, "reconstruction": 11.0}
