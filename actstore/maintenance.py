@@ -13,7 +13,7 @@ from .index import Catalog, build_index, find_orphans, gc_index, verify_index
 from .progress import Report, silent
 from .sealed import write_sealed
 from .sites import Site, parse_site
-from .store import StoreReader, StoreWriter, Verification, exclusive, sweep_store, verify_store
+from .store import StoreReader, StoreWriter, Verification, exclusive, no_claims, sweep_store, verify_store
 
 if TYPE_CHECKING:
     from .extraction import Outcome
@@ -102,21 +102,14 @@ def collect_garbage(store: Path) -> list[str]:
 def drop(store: Path, artifact: str, report: Report = silent) -> str:
     """Remove a site, an SAE's firings, predictions or a lens, free its space, and index again; return its name.
 
-    Raises UnknownName where the store does not have it, InvalidInput while its pass is not complete.
+    A pass that never ended, for want of disk say, can be dropped as well; resumed, it makes what is left of it.
+    Raises UnknownName where the store does not have it, StoreBusy while somebody extracts.
     """
     root = local(store)
-    writer = StoreWriter.open(root)
-    name = _artifact(artifact, writer)
-    owner = writer.layout.artifacts[name]
-    if len(StoreReader(root).receipts.get(owner, {})) < writer.layout.n_shards:
-        raise InvalidInput(
-            explain(
-                f"{name} belongs to the pass {owner}, which is not complete",
-                next_step="finish the extraction first: run the same command again",
-            )
-        )
-    with exclusive(root):
-        StoreWriter.open(root).drop(name)
+    with exclusive(root), no_claims(root):
+        writer = StoreWriter.open(root)
+        name = _artifact(artifact, writer)
+        writer.drop(name)
     if (root / "index" / "CURRENT").exists():
         index(root, report)
         collect_garbage(root)

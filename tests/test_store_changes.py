@@ -22,8 +22,8 @@ from tiny_world import ATTENTION_SAE, RESIDUAL_SAE, extract, tiny_world
 
 from actstore import maintenance
 from actstore.api import Store
-from actstore.errors import InvalidInput, UnknownName
-from actstore.store import StoreReader, StoreWriter
+from actstore.errors import InvalidInput, StoreBusy, UnknownName
+from actstore.store import PassWriter, StoreReader, StoreWriter
 
 SITE = "sites/resid_post.1"
 FIRINGS = f"firings/{RESIDUAL_SAE}"
@@ -230,14 +230,27 @@ def test_documents_appended_later_do_not_bring_back_what_was_dropped(store: Path
     assert list(reader.done(FIRINGS)) == list(range(reader.layout.n_shards))
 
 
-def test_an_artifact_of_an_unfinished_pass_is_not_dropped(tmp_path: Path) -> None:
+def test_an_artifact_of_an_unfinished_pass_is_dropped_and_the_rest_resumes(tmp_path: Path) -> None:
     extract_some(tmp_path / "s", 2)
-    before = hashes(tmp_path / "s")
 
-    with pytest.raises(InvalidInput, match="not complete"):
-        maintenance.drop(tmp_path / "s", RESIDUAL_SAE)
+    maintenance.drop(tmp_path / "s", RESIDUAL_SAE)
 
-    assert hashes(tmp_path / "s") == before
+    assert not (tmp_path / "s" / "firings" / RESIDUAL_SAE).exists()
+    assert extract(tmp_path / "s").complete
+    assert f"firings/{RESIDUAL_SAE}" not in StoreReader(tmp_path / "s").layout.artifacts
+    assert maintenance.verify(tmp_path / "s").ok
+
+
+def test_nothing_is_dropped_while_somebody_extracts(tmp_path: Path) -> None:
+    extract_some(tmp_path / "s", 2)
+    pass_id = StoreWriter.open(tmp_path / "s").layout.passes[0]
+    claim = PassWriter(StoreWriter.open(tmp_path / "s"), pass_id).claim(5)
+    assert claim is not None
+    with claim:
+        before = hashes(tmp_path / "s")
+        with pytest.raises(StoreBusy):
+            maintenance.drop(tmp_path / "s", RESIDUAL_SAE)
+        assert hashes(tmp_path / "s") == before
 
 
 def test_predictions_are_not_taken_for_an_sae_of_that_name(tmp_path: Path) -> None:

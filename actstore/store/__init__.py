@@ -1,7 +1,7 @@
 """The store on disk: layout, arrays, firings, claims, receipts, kit, proof. Home of zarr, numcodecs and fsspec."""
 
 from .bundle import decode_bundle, encode_bundle, open_bundle
-from .claims import exclusive
+from .claims import exclusive, no_claims
 from .files import prove_and_write
 from .journal import Journal
 from .kit import open_piece, pack_texts, write_piece
@@ -27,6 +27,7 @@ __all__ = [
     "decode_bundle",
     "encode_bundle",
     "exclusive",
+    "no_claims",
     "open_bundle",
     "open_piece",
     "pack_texts",
