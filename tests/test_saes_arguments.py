@@ -213,11 +213,10 @@ def test_what_is_not_there_or_not_read(source: str, error: type[ActstoreError], 
 def test_folders_of_other_formats_are_named(tmp_path: Path) -> None:
     with pytest.raises(MissingInput, match=r"holds no SAE.*params\.npz"):
         expand_sae_arguments([str(tmp_path)])
-    (tmp_path / "sae_weights.safetensors").touch()
-    with pytest.raises(UnsupportedFormat, match=r"sae_weights\.safetensors.*not read yet"):
-        expand_sae_arguments([str(tmp_path)])
-    with pytest.raises(UnsupportedFormat, match=r"params\.npz"):
-        expand_sae_arguments([str(tmp_path / "sae_weights.safetensors")])
+    (tmp_path / "weights.pt").touch()
+    for source in (tmp_path, tmp_path / "weights.pt"):
+        with pytest.raises(UnsupportedFormat, match=r"weights\.pt.*not read yet.*params\.npz.*convert it"):
+            expand_sae_arguments([str(source)])
 
 
 LISTING = [

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from saes_support import plain_tensors, write_llama_scope, write_saelens, write_sparsify
 
 from actstore.errors import InvalidInput
 from actstore.health import HealthCheck
 from actstore.recipe import SaeIdentity
-from actstore.saes import SaeEncoder, SparseCoder, compete, sae_health
+from actstore.saes import SaeEncoder, SparseCoder, compete, expand_sae_arguments, load_sae, sae_health
 from actstore.sites import Site
 
 torch.set_num_threads(1)
@@ -175,3 +177,33 @@ def test_with_few_rows_nobody_wins() -> None:
 def test_the_declared_site_must_take_part() -> None:
     with pytest.raises(InvalidInput, match=r"resid_post\.3 is not among"):
         compete(SaeEncoder(identity_coder(), "cpu"), {BELOW: rows_of(1.0)})
+
+
+def _load(folder: Path) -> SparseCoder:
+    return load_sae(expand_sae_arguments([str(folder)])[0])
+
+
+def _health(coder: SparseCoder) -> dict[str, bool | None]:
+    rows = torch.randn(1500, 10, generator=torch.Generator().manual_seed(2))
+    return {check.name: check.ok for check in sae_health(SaeEncoder(coder, "cpu"), rows)}
+
+
+def test_weights_are_judged_by_what_is_promised(tmp_path: Path) -> None:
+    assert not {"sae_decoder_norm", "sae_threshold"} & set(_health(_load(write_saelens(tmp_path, plain_tensors()))))
+    assert _health(_load(write_sparsify(tmp_path)[0]))["sae_decoder_norm"]
+    stretched = _load(write_sparsify(tmp_path, normalize_decoder=False)[0])
+    assert "sae_decoder_norm" not in _health(stretched)
+    assert _health(_load(write_llama_scope(tmp_path)[0]))["sae_threshold"]
+
+
+def test_every_architecture_competes(tmp_path: Path) -> None:
+    """A coder that passes everything on, through layer_norm and the 20 largest, explains its site and no other."""
+    basis = np.concatenate([np.eye(10), -np.eye(10)]).astype(np.float32)
+    arrays = {"W_enc": basis.T, "W_dec": basis, "b_enc": np.zeros(20, np.float32), "b_dec": np.zeros(10, np.float32)}
+    options = {"architecture": "topk", "k": 5, "d_sae": 20, "normalize_activations": "layer_norm"}
+    coder = _load(write_saelens(tmp_path, arrays, **options))
+    random = torch.Generator().manual_seed(1)
+    sharp = torch.randn(1500, 10, generator=random).pow(3)  # its five largest are nearly all of it
+    blunt = torch.randn(1500, 10, generator=random).sign()
+    checks = compete(SaeEncoder(coder, "cpu"), {Site("resid_pre", 3): sharp, Site("resid_post", 3): blunt})
+    assert [check.ok for check in checks] == [True, True] and (checks[0].value or 1) < 0.2 < (checks[1].value or 0)

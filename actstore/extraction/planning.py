@@ -89,9 +89,9 @@ def _planned(one: ResolvedSae) -> SaeIdentity:
         site=str(one.site),
         width=sizes.width,
         d_in=sizes.d_in or 0,
-        architecture="jumprelu",
+        architecture=one.declaration.architecture,
         weights_digest=UNKNOWN,
-        declared_l0=one.name.l0 if one.name else None,
+        declared_l0=one.name.l0 if one.name else one.declaration.declared_l0,
     )
 
 

@@ -1,6 +1,6 @@
 """Sparse coders: found by name, read without trusting the file, run in fixed tiles, proved on real rows.
 
-The home of npz reading. Importing this package does not import torch; encoding does.
+The home of npz and safetensors reading. Importing this package does not import torch; encoding does.
 """
 
 from .arguments import ResolvedSae, SaeArgument, expand_sae_arguments, parse_sae_argument

@@ -1,7 +1,7 @@
 """`[ID=]SOURCE[@SITE]`, as users write it, to SAEs with an id, a site and a place.
 
-SOURCE is a local `params.npz`, a folder with one or with several below it, a glob of such, or `owner/repo/path` on the
-hub. A last part `canonical` takes the SAE whose average L0 is nearest 100. A local path wins over a hub path.
+SOURCE is a local file of weights, a folder with one SAE or with several below it, a glob of such, or `owner/repo/path`
+on the hub. A last part `canonical` takes the SAE whose average L0 is nearest 100. A local path wins over a hub path.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actstore.errors import InvalidInput, explain
+from actstore.errors import InvalidInput, UnsupportedFormat, explain
 from actstore.sites import Site, parse_site
 
+from .config import Config, read_config
+from .declaration import Declaration
+from .formats import GEMMA_SCOPE
+from .hub import fetch_file
 from .names import SaeName, fallback_id, read_name
 from .places import Place, find_places
 
@@ -40,6 +44,7 @@ class ResolvedSae:
     site: Site
     place: Place
     name: SaeName | None  # what its path says, where it is named like Gemma Scope's
+    declaration: Declaration  # what its format and configuration say
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.sae):
@@ -68,9 +73,10 @@ def parse_sae_argument(text: str) -> SaeArgument:
 def expand_sae_arguments(arguments: Sequence[str]) -> list[ResolvedSae]:
     """Return the SAEs that the arguments name: those of one argument in order of their path's numbers.
 
-    Reads no weights and downloads nothing; only `canonical` and globs on the hub ask it for a listing.
-    Raises MissingInput where nothing is there, InvalidInput for a site that is unknown or contradicts the path and for
-    an id that is used twice, UnsupportedFormat for formats that are not read.
+    Reads configurations and no weights. The hub is asked for a listing by `canonical`, globs and paths that do not say
+    their format, and for configurations.
+    Raises MissingInput where nothing is there, InvalidInput for a site that is unknown or contradicts the path or the
+    configuration and for an id that is used twice, UnsupportedFormat for formats and architectures that are not read.
     """
     found = [sae for text in arguments for sae in _expand(parse_sae_argument(text))]
     ids = [sae.sae for sae in found]
@@ -99,27 +105,60 @@ def _expand(argument: SaeArgument) -> list[ResolvedSae]:
 
 
 def _resolve(argument: SaeArgument, place: Place) -> ResolvedSae:
-    name = read_name(place.folder, canonical=place.canonical)
-    site = _site(argument, place, name.site if name else None)
+    name = read_name(place.folder, canonical=place.canonical) if place.format is GEMMA_SCOPE else None
+    declaration = _declaration(place)
+    site = _site(argument, place, (name.site,) if name and name.site else declaration.sites)
     sae = argument.id or (name.id if name and name.site == site else fallback_id(site, place.folder))
-    return ResolvedSae(sae, site, place, name)
+    return ResolvedSae(sae, site, place, name, declaration)
 
 
-def _site(argument: SaeArgument, place: Place, by_path: Site | None) -> Site:
-    if argument.site and by_path and argument.site != by_path:
+def _declaration(place: Place) -> Declaration:
+    """Return what an SAE's configuration says; raises UnsupportedFormat with everything in it that is not read."""
+    name = place.format.config
+    if name is None:
+        return place.format.declare(Config({}), place.folder)
+    local = Path(place.folder) / name
+    config = read_config(fetch_file(place.repository, place.path_of(name)).path if place.repository else local)
+    declaration = place.format.declare(config, place.folder)
+    if config.faults:
+        raise UnsupportedFormat(
+            explain(
+                f"The SAE {place} cannot be used as its {name} describes it: {'; '.join(config.faults)}",
+                next_step="choose another SAE",
+            )
+        )
+    return declaration
+
+
+def _site(argument: SaeArgument, place: Place, said: Sequence[Site]) -> Site:
+    """Return the one site that the argument, the path and the configuration agree on."""
+    if argument.site and said and argument.site not in said:
         raise InvalidInput(
             explain(
-                f"{place} reads {by_path} by its path, and {argument.site} by '@{argument.site}'",
+                f"{place} reads {' or '.join(map(str, said))} by its {_speaker(place)}, and {argument.site} by "
+                f"'@{argument.site}'",
                 next_step=f"leave '@{argument.site}' out, or give a path that does not say another site",
             )
         )
-    site = argument.site or by_path
-    if site is None:
+    if argument.site:
+        return argument.site
+    if len(said) > 1:
+        raise InvalidInput(
+            explain(
+                f"The {_speaker(place)} of {place} says that it reads {' and '.join(map(str, said))}",
+                next_step=f"say which: {argument.source}@{said[0]}",
+            )
+        )
+    if not said:
         raise InvalidInput(
             explain(
                 f"Nothing says which site the SAE {place} reads",
-                accepted="a release that ends in -res, -att or -mlp, or a site behind '@'",
+                accepted="a release that ends in -res, -att or -mlp, a hook in its configuration, or a site behind '@'",
                 next_step=f"add the site: {argument.source}@resid_post.12",
             )
         )
-    return site
+    return said[0]
+
+
+def _speaker(place: Place) -> str:
+    return f"path or {place.format.config}" if place.format.config else "path"

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from actstore.errors import InvalidInput, explain
 
 from .coder import SparseCoder
+from .rules import RowScale, keep_largest, scale_of
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +68,11 @@ class SaeEncoder:
         with torch.no_grad():
             finite = torch.isfinite(rows).all(dim=1)
             exact = torch.where(finite[:, None], rows.float(), 0.0)  # NaN in one row must not reach the product
-            features = self._features(exact)
+            scale = scale_of(exact, self.coder.normalisation)
+            features = self._features(exact if scale is None else scale.apply(exact))
             fires = features > 0
-            reconstruction = self._reconstruction(exact, features, fires).masked_fill_(~finite[:, None], torch.nan)
+            reconstruction = self._reconstruction(exact, features, fires, scale)
+            reconstruction.masked_fill_(~finite[:, None], torch.nan)
             wanted = finite if listed is None else finite & listed
             row, feature = fires.logical_and_(wanted[:, None]).nonzero(as_tuple=True)
             return EncodedTile(
@@ -80,7 +83,7 @@ class SaeEncoder:
             )
 
     def decode(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the reconstruction of dense features: float32 (row, d_sae) → (row, d_in)."""
+        """Return the reconstruction of dense features: float32 (row, d_sae) → (row, d_in), in normalised units."""
         import torch
 
         return torch.addmm(self._b_dec, features, self._w_dec)
@@ -88,14 +91,20 @@ class SaeEncoder:
     def _features(self, rows: torch.Tensor) -> torch.Tensor:
         import torch
 
-        before = torch.addmm(self._b_enc, rows, self._w_enc)
-        return before.masked_fill_(before <= self._threshold, 0.0)
+        centred = rows - self._b_dec if self.coder.subtracts_b_dec else rows
+        before = torch.addmm(self._b_enc, centred, self._w_enc)
+        features = before.masked_fill_(before <= self._threshold, 0.0)
+        return features if self.coder.k is None else keep_largest(features, self.coder.k)
 
-    def _reconstruction(self, rows: torch.Tensor, features: torch.Tensor, fires: torch.Tensor) -> torch.Tensor:
+    def _reconstruction(
+        self, rows: torch.Tensor, features: torch.Tensor, fires: torch.Tensor, scale: RowScale | None
+    ) -> torch.Tensor:
         import torch
 
         l0 = fires.sum(dim=1, dtype=torch.int32).float()  # int64, the default, takes twice as long
-        return torch.stack([l0, rows.norm(dim=1), (rows - self.decode(features)).norm(dim=1)], dim=1)
+        decoded = self.decode(features)
+        decoded = decoded if scale is None else scale.undo(decoded)
+        return torch.stack([l0, rows.norm(dim=1), (rows - decoded).norm(dim=1)], dim=1)
 
     def _check(self, rows: torch.Tensor) -> None:
         if rows.ndim != 2 or rows.shape[1] != self.coder.d_in:

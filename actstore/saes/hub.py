@@ -9,7 +9,7 @@ from pathlib import Path
 
 from actstore.errors import MissingInput, explain
 
-__all__ = ["FetchedFile", "fetch_file", "list_release"]
+__all__ = ["FetchedFile", "fetch_file", "is_cached", "list_release"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,13 @@ def fetch_file(repository: str, path: str) -> FetchedFile:
     with _translated(repository, path):
         local = Path(hf_hub_download(repository, path))
     return FetchedFile(local, local.parents[path.count("/")].name)
+
+
+def is_cached(repository: str, path: str) -> bool:
+    """Return whether a file is in the cache, without asking the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repository, path), str)
 
 
 def list_release(repository: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where SAEs are: folders with `params.npz`, on this machine or on the hub, by path, glob or `canonical`."""
+"""Where SAEs are: folders of a known layout, on this machine or on the hub, by path, glob or `canonical`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import fnmatch
 import glob
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from actstore.errors import InvalidInput, MissingInput, UnsupportedFormat, explain
+from actstore.errors import MissingInput, UnsupportedFormat, explain
 
-from .hub import list_release
-from .names import nearest_canonical
+from .formats import FORMATS, GEMMA_SCOPE, Format, format_of_file, recognise
+from .hub import is_cached, list_release
+from .names import nearest_canonical, read_name
 
-__all__ = ["FILE_NAME", "Place", "find_places"]
+__all__ = ["Place", "find_places"]
 
-FILE_NAME = "params.npz"
 _CANONICAL = "canonical"
 _HUB_PATH = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*/[^/].*")
 _OTHER_HOMES = ("saelens:", "neuronpedia:")
+_WEIGHTS = (".safetensors", ".npz", ".pt", ".bin")
+_ACCEPTED = "; ".join(f"{format_.files} ({format_.name})" for format_ in FORMATS)
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Place:
 
     folder: str  # with slashes; on the hub it begins with owner/repo
     repository: str | None = None
+    format: Format = GEMMA_SCOPE
     canonical: bool = False  # a listing of its release has shown that its L0 is nearest 100
 
     def __str__(self) -> str:
@@ -35,15 +38,20 @@ class Place:
 
     @property
     def inner_folder(self) -> str:
-        """The folder inside the repository."""
+        """The folder inside the repository, empty for the repository itself."""
         assert self.repository is not None
-        return self.folder.removeprefix(f"{self.repository}/")
+        return self.folder.removeprefix(self.repository).strip("/")
+
+    def path_of(self, file: str) -> str:
+        """Return the path of one of its files inside the repository."""
+        return f"{self.inner_folder}/{file}".lstrip("/")
 
 
 def find_places(source: str) -> list[Place]:
     """Return the places that a source names, at least one, ordered by the numbers in their paths.
 
-    Raises MissingInput where there is none, UnsupportedFormat for sources and files that are not read.
+    Raises MissingInput where there is none, UnsupportedFormat for sources and files that are not read, InvalidInput
+    for a folder that could be of several formats.
     """
     if source.startswith(_OTHER_HOMES):
         raise UnsupportedFormat(
@@ -51,63 +59,122 @@ def find_places(source: str) -> list[Place]:
         )
     local = Path(source).expanduser()
     if local.exists():
-        return [Place(folder) for folder in _ordered(_folders_in(local))]
-    if matches := _matching_folders(str(local)):
-        return [Place(folder) for folder in _ordered(matches)]
+        return _ordered(_local_places(local))
+    if matches := _matching_places(str(local)):
+        return _ordered(matches)
     if not _HUB_PATH.fullmatch(source):
         raise MissingInput(
-            explain(f"There is no SAE at {source}", accepted=f"a folder with {FILE_NAME}, a glob, or owner/repo/path")
+            explain(
+                f"There is no SAE at {source}",
+                accepted=f"owner/repo/path on the hub, a glob, or a folder with {_ACCEPTED}",
+            )
         )
-    return _on_the_hub(source.removesuffix(f"/{FILE_NAME}"))
+    return _on_the_hub(source)
 
 
-def _folders_in(local: Path) -> list[str]:
+def _local_places(local: Path) -> list[Place]:
     """Return the folder itself, or every one below that has an SAE; paths are absolute, so that the release is seen."""
     if local.is_file():
-        if local.suffix != ".npz":
-            raise UnsupportedFormat(explain(f"{local} is not read", accepted=f"{FILE_NAME} in Gemma Scope's layout"))
-        if local.name != FILE_NAME:
-            raise InvalidInput(explain(f"{local} has another name than expected", accepted=FILE_NAME))
-        return [local.resolve().parent.as_posix()]
-    if (local / FILE_NAME).is_file():
-        return [local.resolve().as_posix()]
-    found = [path.resolve().parent.as_posix() for path in local.rglob(FILE_NAME)]
+        return [_place_of_file(local.parent.resolve() / local.name)]
+    if place := _place_at(local):
+        return [place]
+    folders = {_above(path, format_) for format_ in FORMATS for path in local.rglob(format_.weights)}
+    found = [place for folder in folders if (place := _place_at(folder))]
     if not found:
         raise _nothing_in(local)
     return found
 
 
+def _place_of_file(path: Path) -> Place:
+    format_ = format_of_file(path.as_posix())
+    if format_ is None:
+        raise _not_read(str(path))
+    folder = _above(path, format_)
+    config = {format_.config} if format_.config and (folder / format_.config).is_file() else set()
+    recognise(folder.as_posix(), {format_.weights, *config})
+    return Place(folder.as_posix(), format=format_)
+
+
+def _place_at(folder: Path) -> Place | None:
+    names = {name for format_ in FORMATS for name in (format_.weights, format_.config) if name}
+    there = {name for name in names if (folder / name).is_file()}
+    format_ = recognise(folder.as_posix(), there)
+    return Place(folder.resolve().as_posix(), format=format_) if format_ else None
+
+
+def _above(path: Path, format_: Format) -> Path:
+    return path.parents[format_.weights.count("/")]
+
+
 def _nothing_in(local: Path) -> Exception:
     files = sorted(path.name for path in local.iterdir() if path.is_file())[:5]
-    if any(name.endswith((".safetensors", ".pt", ".bin")) for name in files):
-        return UnsupportedFormat(
-            explain(
-                f"{local} holds {', '.join(files)}, a format that is not read yet", accepted=f"folders with {FILE_NAME}"
-            )
+    if any(name.endswith(_WEIGHTS) for name in files):
+        return _not_read(f"{local} with {', '.join(files)}")
+    return MissingInput(explain(f"The folder {local} holds no SAE", accepted=f"in it or below it {_ACCEPTED}"))
+
+
+def _not_read(what: str) -> UnsupportedFormat:
+    pickled = ".pt" in what or ".bin" in what
+    return UnsupportedFormat(
+        explain(
+            f"{what} is a format that is not read yet",
+            accepted=_ACCEPTED,
+            next_step="convert it to safetensors: a pickle can run code when it is opened" if pickled else None,
         )
-    return MissingInput(explain(f"The folder {local} holds no SAE", accepted=f"{FILE_NAME} in it or below it"))
+    )
 
 
-def _matching_folders(pattern: str) -> list[str]:
-    wanted, canonical = _without_canonical(pattern.removesuffix(f"/{FILE_NAME}"))
-    found = [Path(match).resolve() for match in glob.glob(wanted) if (Path(match) / FILE_NAME).is_file()]  # noqa: PTH207
-    folders = [path.as_posix() for path in found]
-    return nearest_canonical(folders) if canonical else folders
+def _matching_places(pattern: str) -> list[Place]:
+    named = format_of_file(pattern)
+    wanted, canonical = _without_canonical(pattern.removesuffix(f"/{named.weights}") if named else pattern)
+    found = [place for match in glob.glob(wanted) if (place := _place_at(Path(match)))]  # noqa: PTH207
+    if not canonical:
+        return found
+    nearest = set(nearest_canonical(place.folder for place in found))
+    return [place for place in found if place.folder in nearest]
 
 
 def _on_the_hub(source: str) -> list[Place]:
     repository = "/".join(source.split("/")[:2])
-    wanted, canonical = _without_canonical(source)
+    named = format_of_file(source)
+    wanted, canonical = _without_canonical(source.removesuffix(f"/{named.weights}") if named else source)
     if not glob.has_magic(wanted):
-        return [Place(source, repository)]
-    listed = [f"{repository}/{path}" for path in list_release(repository)]
-    found = [path.removesuffix(f"/{FILE_NAME}") for path in listed if path.endswith(f"/{FILE_NAME}")]
-    folders = [folder for folder in found if _matches(folder, wanted)]
-    if not folders:
-        raise MissingInput(explain(f"Nothing in {repository} matches {source}", accepted=f"folders with {FILE_NAME}"))
-    nearest = set(nearest_canonical(found))
-    chosen = [folder for folder in folders if folder in nearest] if canonical else folders
-    return [Place(folder, repository, canonical=folder in nearest) for folder in _ordered(chosen)]
+        folder = wanted.rstrip("/")
+        return [Place(folder, repository, format=named or _format_on_the_hub(repository, folder))]
+    found = _places_of(repository)
+    places = [place for place in found if _matches(place.folder, wanted)]
+    if not places:
+        raise MissingInput(explain(f"Nothing in {repository} matches {source}", accepted=f"folders with {_ACCEPTED}"))
+    nearest = set(nearest_canonical(place.folder for place in found))
+    chosen = [place for place in places if place.folder in nearest] if canonical else places
+    return _ordered(replace(place, canonical=place.folder in nearest) for place in chosen)
+
+
+def _format_on_the_hub(repository: str, folder: str) -> Format:
+    """Return a folder's format: by its name, by what the cache has of it, or by the repository's list of files."""
+    if read_name(folder):
+        return GEMMA_SCOPE
+    inner = folder.removeprefix(f"{repository}/")
+    names = {name for format_ in FORMATS for name in (format_.weights, format_.config) if name}
+    cached = {name for name in names if is_cached(repository, f"{inner}/{name}")}
+    if any({format_.weights, format_.config} - {None} <= cached for format_ in FORMATS):
+        found = recognise(folder, cached)
+        assert found, "one of them is complete"
+        return found
+    listed = {path.removeprefix(f"{inner}/") for path in list_release(repository) if path.startswith(f"{inner}/")}
+    if format_ := recognise(folder, listed):
+        return format_
+    raise MissingInput(explain(f"The folder {folder} holds no SAE that is read", accepted=_ACCEPTED))
+
+
+def _places_of(repository: str) -> list[Place]:
+    """Return the place of every file of weights in a repository."""
+    listed = set(list_release(repository))
+    return [
+        Place(f"{repository}/{path}".removesuffix(f"/{format_.weights}"), repository, format=format_)
+        for path in listed
+        if (format_ := format_of_file(path))
+    ]
 
 
 def _without_canonical(pattern: str) -> tuple[str, bool]:
@@ -120,10 +187,10 @@ def _matches(folder: str, pattern: str) -> bool:
     return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
-def _ordered(folders: Iterable[str]) -> list[str]:
-    """Return the folders by their names, with numbers compared as numbers: layer_2 before layer_10."""
+def _ordered(places: Iterable[Place]) -> list[Place]:
+    """Return the places by their folders' names, with numbers compared as numbers: layer_2 before layer_10."""
 
-    def key(folder: str) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", folder)]
+    def key(place: Place) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", place.folder)]
 
-    return sorted(folders, key=key)
+    return sorted(places, key=key)

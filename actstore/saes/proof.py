@@ -16,6 +16,7 @@ from actstore.errors import InvalidInput, explain
 from actstore.health import HealthCheck
 from actstore.sites import Site, parse_site
 
+from .coder import SparseCoder
 from .encoder import SaeEncoder
 
 if TYPE_CHECKING:
@@ -42,15 +43,13 @@ class _Fit:
 def sae_health(encoder: SaeEncoder, plain_rows: torch.Tensor) -> list[HealthCheck]:
     """Return what can be said of an SAE at its site: rows (row, d_in) of any float dtype, plain rows only.
 
-    FVU below 1, mean L0 within a factor of 3 of the declared one, some feature alive, all rows finite; decoder rows of
-    norm 1 and positive thresholds, from the weights alone. With fewer than 1,024 rows `ok` is None where it
-    depends on them. Decides nothing: the caller refuses what is not ok.
+    FVU below 1, mean L0 within a factor of 3 of the declared one, some feature alive, all rows finite; from the weights
+    alone decoder rows of norm 1, where they are promised, and positive thresholds, where there are any. With fewer than
+    1,024 rows `ok` is None where it depends on them. Decides nothing: the caller refuses what is not ok.
     """
     coder, sae = encoder.coder, encoder.coder.identity.sae
     fit = _fit(encoder, plain_rows)
     declared = coder.identity.declared_l0
-    norm_error = float(np.abs(np.linalg.norm(coder.w_dec, axis=1) - 1).max())
-    lowest = float(coder.threshold.min())
     n_broken = int((~plain_rows.isfinite()).any(dim=1).sum())
     proved = len(plain_rows) >= ROWS_NEEDED
 
@@ -61,12 +60,23 @@ def sae_health(encoder: SaeEncoder, plain_rows: torch.Tensor) -> list[HealthChec
         HealthCheck("sae_finite_rows", sae, float(n_broken), "0 rows with NaN or infinity", n_broken == 0),
         by_rows("sae_fvu", fit.fvu, "at most 1", fit.fvu <= 1),
         by_rows("sae_dead_share", fit.dead_share, "below 1", fit.dead_share < 1),
-        HealthCheck("sae_decoder_norm", sae, norm_error, f"within {NORM_TOLERANCE} of 1", norm_error <= NORM_TOLERANCE),
-        HealthCheck("sae_threshold", sae, lowest, "above 0", lowest > 0),
+        *_weight_checks(coder),
     ]
     if declared is not None:
         near = declared / L0_FACTOR <= fit.mean_l0 <= declared * L0_FACTOR
         checks.append(by_rows("sae_l0", fit.mean_l0, f"{declared:g} within a factor of {L0_FACTOR:g}", near))
+    return checks
+
+
+def _weight_checks(coder: SparseCoder) -> list[HealthCheck]:
+    sae, checks = coder.identity.sae, []
+    if coder.unit_decoder:
+        error = float(np.abs(np.linalg.norm(coder.w_dec, axis=1) - 1).max())
+        expected = f"within {NORM_TOLERANCE} of 1"
+        checks.append(HealthCheck("sae_decoder_norm", sae, error, expected, error <= NORM_TOLERANCE))
+    if coder.identity.architecture.startswith("jumprelu"):
+        lowest = float(coder.threshold.min())
+        checks.append(HealthCheck("sae_threshold", sae, lowest, "above 0", lowest > 0))
     return checks
 
 

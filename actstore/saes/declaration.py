@@ -1,0 +1,74 @@
+"""What an SAE's format and configuration say of it, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from actstore.sites import Site
+
+from .coder import Array, Normalisation
+
+__all__ = ["Arrays", "Declaration", "gate_as_threshold", "rescale_by_decoder_norm", "without_threshold"]
+
+Arrays = dict[str, Array]
+
+
+def _as_they_are(arrays: Arrays) -> Arrays:
+    return arrays
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """How the tensors of a file become a `SparseCoder`, and what its makers say that it reads."""
+
+    architecture: str  # as its makers call it, then all that changes the equation: "topk k=32 x-b_dec"
+    tensors: Mapping[str, str]  # our array → the tensor in the file, in any case of its letters
+    accepted: str  # the layout, for messages
+    turned: frozenset[str] = frozenset()  # our matrices that the file holds the other way round
+    optional: Mapping[str, str] = field(default_factory=dict)  # arrays that `fold` takes where they are there
+    sites: tuple[Site, ...] = ()  # more than one where its configuration has names of it that differ
+    d_in: int | None = None
+    d_sae: int | None = None
+    declared_l0: float | None = None
+    k: int | None = None
+    subtracts_b_dec: bool = False
+    normalisation: Normalisation = Normalisation.NONE
+    unit_decoder: bool = False  # decoder rows of norm 1 are promised
+    fold: Callable[[Arrays], Arrays] = _as_they_are  # from the file's arrays to the five of a `SparseCoder`
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Return our name of every tensor that the file may hold, by its name there in small letters."""
+        return {name.lower(): ours for ours, name in (*self.tensors.items(), *self.optional.items())}
+
+
+def without_threshold(arrays: Arrays) -> Arrays:
+    """Return the arrays with thresholds of 0: a ReLU."""
+    return arrays | {"threshold": np.zeros_like(arrays["b_enc"])}
+
+
+def gate_as_threshold(arrays: Arrays) -> Arrays:
+    """Return a gated coder's arrays as those of a threshold; `b_enc` is its b_mag.
+
+    With s = exp(r_mag) it fires where z · W + b_gate > 0, with s · (z · W) + b_mag where that is positive. Both depend
+    on pre = z · (W · s) + b_mag alone: it fires where pre > max(0, b_mag - s · b_gate).
+    """
+    scale = np.exp(arrays["r_mag"].astype(np.float64))
+    threshold = np.maximum(0.0, arrays["b_enc"] - scale * arrays["b_gate"])
+    rest = {name: array for name, array in arrays.items() if name not in ("r_mag", "b_gate")}
+    w_enc = arrays["w_enc"] * scale.astype(np.float32)
+    return rest | {"w_enc": w_enc, "threshold": threshold.astype(np.float32)}
+
+
+def rescale_by_decoder_norm(arrays: Arrays) -> Arrays:
+    """Return the arrays with decoder rows of norm 1 and features as much larger; rows of zeros stay."""
+    norm = np.linalg.norm(arrays["w_dec"], axis=1)
+    norm = np.where(norm > 0, norm, 1).astype(np.float32)
+    return arrays | {
+        "w_enc": arrays["w_enc"] * norm,
+        "b_enc": arrays["b_enc"] * norm,
+        "w_dec": arrays["w_dec"] / norm[:, None],
+    }

@@ -1,0 +1,155 @@
+"""SAELens folders: `cfg.json` and `sae_weights.safetensors`, as version 6 writes them and as older ones did."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from actstore.sites import Site
+
+from .coder import Normalisation
+from .config import Config
+from .declaration import Arrays, Declaration, gate_as_threshold, rescale_by_decoder_norm, without_threshold
+from .hooks import sites_of_hooks
+from .npz import Unreadable
+
+__all__ = ["declare"]
+
+_PLAIN = {name: name for name in ("w_enc", "w_dec", "b_enc", "b_dec")}
+_TENSORS: Mapping[str, Mapping[str, str]] = {
+    "standard": _PLAIN,
+    "jumprelu": _PLAIN | {"threshold": "threshold"},
+    "topk": _PLAIN,
+    "gated": _PLAIN | {"b_enc": "b_mag", "b_gate": "b_gate", "r_mag": "r_mag"},
+}
+_KEYS = frozenset(
+    (
+        "architecture",
+        "d_in",
+        "d_sae",
+        "dtype",
+        "device",
+        "apply_b_dec_to_input",
+        "normalize_activations",
+        "reshape_activations",
+        "k",
+        "rescale_acts_by_decoder_norm",
+        "metadata",
+    )
+)
+_HOOKS = ("hook_name", "hook_point", "hf_hook_name")
+_NORMALISATIONS = (Normalisation.NONE, Normalisation.LAYER_NORM, Normalisation.CONSTANT_NORM)
+_CENTRED_MODELS = re.compile(r"(?:.*/)?(?:distil)?(?:gpt2|gpt-neo|pythia|opt)\b.*")  # with a LayerNorm
+_OTHER_MODELS = re.compile(
+    r"(?:.*/)?(?:meta-)?(?:gemma|llama|mistral|qwen|olmo-2).*", re.IGNORECASE
+)  # with an RMS norm
+_WRITTEN = frozenset({"resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"})
+_FOLDED_ONLY = "expected_average_only_in"
+
+
+def declare(config: Config, _folder: str) -> Declaration:
+    """Return what a `cfg.json` says. Other architectures, and keys that change the equation, are faults."""
+    is_old = "metadata" not in config.body
+    if not is_old:
+        config.only(_KEYS)
+    described = config if is_old else config.inner("metadata")
+    described.require("hook_head_index", None)
+    described.require("hook_point_head_index", None)
+    config.require("finetuning_scaling_factor", False)
+    config.require("reshape_activations", "none", "hook_z")
+    architecture = _architecture(config, is_old)
+    k = _k(config, is_old) if architecture == "topk" else None
+    rescales = architecture == "topk" and config.flag("rescale_acts_by_decoder_norm", False)
+    sites = sites_of_hooks(*(described.text(name) for name in _HOOKS))
+    normalisation = _centred(described, sites, _normalisation(config))
+    subtracts = config.flag("apply_b_dec_to_input", True)
+    return Declaration(
+        _spelled(architecture, k, rescales, subtracts, normalisation),
+        _TENSORS.get(architecture, _PLAIN),
+        "safetensors W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_enc, b_dec; threshold for jumprelu; b_gate, b_mag and "
+        "r_mag instead of b_enc for gated",
+        optional={"scaling_factor": "scaling_factor"},
+        sites=sites,
+        d_in=config.count("d_in"),
+        d_sae=config.count("d_sae"),
+        k=k,
+        subtracts_b_dec=subtracts,
+        normalisation=normalisation,
+        fold=partial(_fold, architecture=architecture, rescales=rescales),
+    )
+
+
+def _architecture(config: Config, is_old: bool) -> str:
+    """Return the architecture; in old folders the activation function could say it instead."""
+    config.require("architecture", *_TENSORS)
+    architecture = config.text("architecture", "standard")
+    if is_old:
+        config.require("activation_fn", "relu", "topk")
+        config.require("activation_fn_str", "relu", "topk")
+        names = (config.body.get("activation_fn"), config.body.get("activation_fn_str"))
+        return "topk" if "topk" in names and architecture == "standard" else architecture
+    return architecture
+
+
+def _k(config: Config, is_old: bool) -> int | None:
+    k = config.count("k") or (config.inner("activation_fn_kwargs").count("k") if is_old else None)
+    if k is None:
+        config.faults.append("k is missing")
+    return k
+
+
+def _normalisation(config: Config) -> Normalisation:
+    value = config.body.get("normalize_activations") or "none"
+    if value in (True, _FOLDED_ONLY):
+        config.faults.append(
+            f"normalize_activations is {_FOLDED_ONLY}, and the scale is not in the folder: load it with SAELens' "
+            "from_pretrained, which multiplies the scale into the weights, and save it again"
+        )
+        return Normalisation.NONE
+    config.require("normalize_activations", *(str(one) for one in _NORMALISATIONS), False)
+    return Normalisation(value) if value in _NORMALISATIONS else Normalisation.NONE
+
+
+def _centred(described: Config, sites: Sequence[Site], normalisation: Normalisation) -> Normalisation:
+    """Return the normalisation of an SAE that was trained on a model with centred weights.
+
+    TransformerLens centres what is written into the residual stream of a model with LayerNorm, which the model itself
+    does not notice; on a model with an RMS norm it leaves out what is asked for.
+    """
+    asked = described.inner("model_from_pretrained_kwargs").flag("center_writing_weights", False)
+    if not asked or not any(site.kind in _WRITTEN for site in sites) or normalisation is Normalisation.LAYER_NORM:
+        return normalisation
+    name = described.text("model_name")
+    if _OTHER_MODELS.fullmatch(name):
+        return normalisation
+    if not _CENTRED_MODELS.fullmatch(name) or normalisation is not Normalisation.NONE:
+        described.faults.append(
+            f"center_writing_weights is true with model_name {name[:80]!r} and normalize_activations {normalisation}, "
+            "and whether its rows are centred is not known"
+        )
+    return Normalisation.CENTRED
+
+
+def _spelled(
+    architecture: str, k: int | None, rescales: bool, subtracts_b_dec: bool, normalisation: Normalisation
+) -> str:
+    parts = [architecture]
+    parts += [f"k={k}"] if k else []
+    parts += ["by_decoder_norm"] if rescales else []
+    parts += ["x-b_dec"] if subtracts_b_dec else []
+    parts += [str(normalisation)] if normalisation is not Normalisation.NONE else []
+    return " ".join(parts)
+
+
+def _fold(arrays: Arrays, *, architecture: str, rescales: bool) -> Arrays:
+    scaling = arrays.pop("scaling_factor", None)
+    if scaling is not None and not np.all(scaling == 1):
+        raise Unreadable(["scaling_factor is not 1 everywhere, and scaled features are not read"])
+    if architecture == "jumprelu":
+        return arrays
+    if architecture == "gated":
+        return gate_as_threshold(arrays)
+    return without_threshold(rescale_by_decoder_norm(arrays) if rescales else arrays)
