@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .errors import InvalidInput, explain, unknown_name
+from .errors import InvalidInput, UnknownName, explain, unknown_name
 
-__all__ = ["KINDS", "Site", "expand_sites", "parse_site"]
+__all__ = ["KINDS", "Site", "expand_sites", "not_on_model", "parse_site"]
 
 # The order in which a forward pass reaches the kinds of one layer; `Site` sorts by it.
 KINDS: tuple[str, ...] = (
@@ -33,7 +33,7 @@ KINDS: tuple[str, ...] = (
 )
 WITHOUT_LAYER = frozenset({"embed_raw", "final"})
 
-_HOOKS = {  # TransformerLens names below `blocks.L.`
+_HOOKS = {  # TransformerLens names below `blocks.L.`: those of all versions, then those of the bridge in 3.x
     "hook_resid_pre": "resid_pre",
     "hook_resid_mid": "resid_mid",
     "hook_mlp_in": "resid_mid",
@@ -47,8 +47,82 @@ _HOOKS = {  # TransformerLens names below `blocks.L.`
     "attn.hook_pattern": "pattern",
     "ln2.hook_normalized": "ln2_normalized",
     "mlp.hook_post": "mlp_act",
+    "hook_in": "resid_pre",
+    "hook_out": "resid_post",
+    "attn.o.hook_in": "z",
+    "mlp.hook_in": "ln2",
+    "mlp.out.hook_in": "mlp_act",
+}
+_POINTS = {  # interp-engine names behind `ie:`; there `*_out` is the module's own output, `*_out_post` what is added
+    "resid_pre": "resid_pre",
+    "q_norm_out": "q",
+    "k_norm_out": "k",
+    "value": "v",
+    "attn_probs": "pattern",
+    "z": "z",
+    "attn_out": "attn_out_raw",
+    "attn_out_post": "attn_out",
+    "resid_mid": "resid_mid",
+    "mlp_in": "ln2",
+    "mlp_act": "mlp_act",
+    "mlp_out": "mlp_out_raw",
+    "mlp_out_post": "mlp_out",
+    "resid_post": "resid_post",
+    "final_norm": "final",
+}
+_MODULES = {  # ends of Hugging Face modules, by their path below a layer; no name in it means two things
+    "input": "resid_pre",
+    "output": "resid_post",
+    "self_attn.q_norm.output": "q",
+    "self_attn.k_norm.output": "k",
+    "self_attn.v_proj.output": "v",
+    "self_attn.o_proj.input": "z",
+    "self_attn.o_proj.output": "attn_out_raw",
+    "self_attn.output": "attn_out_raw",
+    "pre_feedforward_layernorm.input": "resid_mid",
+    "pre_feedforward_layernorm.output": "ln2",
+    "mlp.down_proj.input": "mlp_act",
+    "mlp.down_proj.output": "mlp_out_raw",
+    "mlp.output": "mlp_out_raw",
+    "post_feedforward_layernorm.input": "mlp_out_raw",
+    "post_feedforward_layernorm.output": "mlp_out",
+    "attn.c_proj.input": "z",
+    "attn.c_proj.output": "attn_out_raw",
+    "attn.output": "attn_out_raw",
+    "ln_2.input": "resid_mid",
+    "ln_2.output": "ln2",
+    "mlp.c_proj.input": "mlp_act",
+    "mlp.c_proj.output": "mlp_out_raw",
+    "attention.dense.input": "z",
+    "attention.dense.output": "attn_out_raw",
+    "attention.output": "attn_out_raw",
+    "mlp.dense_4h_to_h.input": "mlp_act",
+    "mlp.dense_4h_to_h.output": "mlp_out_raw",
+}
+_AMBIGUOUS = {  # names of TransformerLens and Hugging Face that are another site on another architecture
+    "attn.hook_out": ("attn_out_raw", "attn_out"),
+    "mlp.hook_out": ("mlp_out_raw", "mlp_out"),
+    "post_attention_layernorm.input": ("resid_mid", "attn_out_raw"),
+    "post_attention_layernorm.output": ("ln2", "attn_out"),
+}
+_WITHOUT_LAYER_ALIASES = {
+    "unembed.hook_in": "final",
+    "model.norm.output": "final",
+    "model.language_model.norm.output": "final",
+    "transformer.ln_f.output": "final",
+    "gpt_neox.final_layer_norm.output": "final",
+    "ie:final_norm": "final",
+}
+_MISSING_BECAUSE = {
+    "resid_mid": "attention and MLP of a parallel block both read resid_pre",
+    "ln2": "no norm stands before this model's MLP: it reads resid_mid",
+    "ln2_normalized": "no norm stands before this model's MLP: it reads resid_mid",
 }
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_MODULE = re.compile(
+    r"(?:(?:language_)?model\.(?:language_model\.|model\.)?layers|transformer\.h|gpt_neox\.layers)\.(\d+)\.(.+)"
+)
+_POINT = re.compile(r"ie:([a-z0-9_]+)\.(\d+)")
 _NAME = re.compile(r"([a-z0-9_]+)(?:\.(\d+))?")
 
 
@@ -77,20 +151,44 @@ class Site:
 
 
 def parse_site(text: str) -> Site:
-    """Return the site that a canonical or TransformerLens name means.
+    """Return the site that a name means: a canonical one, or another library's.
 
-    Raises InvalidInput where the name is incomplete, UnknownName where its kind does not exist.
+    Others are TransformerLens hooks (`blocks.5.hook_resid_post`), an end of a Hugging Face module
+    (`model.layers.5.self_attn.o_proj.input`), and interp-engine points with the prefix `ie:` (`ie:attn_out.5`).
+    Raises InvalidInput where the name is incomplete or means different sites on different architectures, UnknownName
+    where its kind does not exist.
     """
-    if block := _BLOCK.fullmatch(text):
-        if block[2] not in _HOOKS:
-            raise unknown_name("TransformerLens hook", block[2], _HOOKS)
-        return Site(_HOOKS[block[2]], int(block[1]))
+    if text in _WITHOUT_LAYER_ALIASES:
+        return Site(_WITHOUT_LAYER_ALIASES[text])
+    for spelling, kinds, what in (
+        (_BLOCK, _HOOKS, "TransformerLens hook"),
+        (_MODULE, _MODULES, "end of a Hugging Face module"),
+    ):
+        if found := spelling.fullmatch(text):
+            return _aliased(text, found[2], int(found[1]), kinds, what)
+    if point := _POINT.fullmatch(text):
+        return _aliased(text, point[1], int(point[2]), _POINTS, "interp-engine point")
     name = _NAME.fullmatch(text)
     if not name:
         raise InvalidInput(
             explain(f"{text!r} is not the name of a site", accepted="kind.layer, as in 'resid_post.20' or 'z.5'")
         )
     return Site(name[1], None if name[2] is None else int(name[2]))
+
+
+def _aliased(text: str, name: str, layer: int, kinds: Mapping[str, str], what: str) -> Site:
+    if name in _AMBIGUOUS:
+        first, second = (f"'{kind}.{layer}'" for kind in _AMBIGUOUS[name])
+        raise InvalidInput(
+            explain(
+                f"{text!r} is another tensor on another architecture",
+                accepted=f"{first} or {second}",
+                next_step="choose the one that is meant",
+            )
+        )
+    if name not in kinds:
+        raise unknown_name(what, name, kinds)
+    return Site(kinds[name], layer)
 
 
 def expand_sites(patterns: Sequence[str], existing: Iterable[Site]) -> tuple[Site, ...]:
@@ -111,7 +209,7 @@ def _expand(pattern: str, available: Sequence[Site]) -> list[Site]:
     if "*" in pattern:
         found = [site for site in available if fnmatch.fnmatchcase(str(site), pattern)]
         if not found:
-            raise _not_on_model(pattern, available)
+            raise not_on_model(pattern, available)
         return found
     if kind in KINDS and re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", layers):
         wanted = [Site(kind, layer) for part in layers.split(",") for layer in _layers(part)]
@@ -119,7 +217,7 @@ def _expand(pattern: str, available: Sequence[Site]) -> list[Site]:
         wanted = [parse_site(pattern)]
     for site in wanted:
         if site not in available:
-            raise _not_on_model(str(site), available)
+            raise not_on_model(site, available)
     return wanted
 
 
@@ -131,9 +229,13 @@ def _layers(part: str) -> range:
     return layers
 
 
-def _not_on_model(name: str, available: Sequence[Site]) -> Exception:
+def not_on_model(wanted: Site | str, available: Iterable[Site]) -> UnknownName:
+    """Return the error for a site or pattern that a model does not have: what it has, and why this one is missing."""
     spans: dict[str, list[int]] = {}
     for site in available:
         spans.setdefault(site.kind, []).extend([] if site.layer is None else [site.layer])
     shown = [f"{kind}.{min(ls)}-{max(ls)}" if ls else kind for kind, ls in spans.items()]
-    return unknown_name("site", f"{name}", shown, next_step="choose one that this model has, e.g. 'resid_post.*'")
+    kind = wanted.kind if isinstance(wanted, Site) else wanted.partition(".")[0]
+    why = _MISSING_BECAUSE[kind] + "; " if kind in _MISSING_BECAUSE and kind not in spans else ""
+    next_step = f"{why}choose one that this model has, e.g. 'resid_post.*'"
+    return unknown_name("site", str(wanted), shown, next_step=next_step)

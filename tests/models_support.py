@@ -1,11 +1,14 @@
-"""Tiny random Gemma 2 models of odd shape, and the sites of a forward pass found without the code under test."""
+"""Tiny random models of odd shape, and the sites of a forward pass found without the code under test."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from actstore.models import LoadedModel
@@ -99,6 +102,179 @@ def reference_sites(model: Gemma2ForCausalLM, token_ids: torch.Tensor, mask: tor
         found[f"resid_post.{index}"] = found[f"resid_mid.{index}"] + found[f"mlp_out.{index}"]
         squares = found[f"resid_mid.{index}"].double().pow(2).mean(-1, keepdim=True)
         found[f"ln2_normalized.{index}"] = found[f"resid_mid.{index}"].double() / (squares + 1e-6).sqrt()
+    found["embed_raw"] = model.model.embed_tokens.weight.detach()[token_ids]
     found["final"] = output.hidden_states[-1]
     found["logits"] = output.logits
     return found
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 36,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+}
+GROUPED = SIZES | {"num_key_value_heads": 3, "head_dim": 10}
+WINDOW = {"sliding_window": 4}
+LAYER_TYPES = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where transformers keeps the parts of a layer, and how a layer adds them up; written apart from the package."""
+
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    embedding: str = "model.embed_tokens"
+    attention: str = "self_attn"
+    attention_out: str = "o_proj"
+    down: str = "down_proj"
+    mlp_norm: str | None = "post_attention_layernorm"
+    post_norms: tuple[str, str] | None = None
+    parallel: bool = False
+    queries: str = "plain"
+
+
+GEMMA_NORMS: dict[str, Any] = {
+    "mlp_norm": "pre_feedforward_layernorm",
+    "post_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
+GPT_2 = Layout(
+    "transformer.h", "transformer.ln_f", "transformer.wte", "attn", "c_proj", "c_proj", "ln_2", queries="thirds"
+)
+NEOX: dict[str, Any] = {
+    "layers": "gpt_neox.layers",
+    "final_norm": "gpt_neox.final_layer_norm",
+    "embedding": "gpt_neox.embed_in",
+    "attention": "attention",
+    "attention_out": "dense",
+    "down": "dense_4h_to_h",
+    "queries": "per_head",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture in one shape."""
+
+    architecture: str
+    layout: Layout
+    config: Callable[[], Any]
+
+    def model(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+        """Return random weights: gains, biases and caps that all bend the numbers."""
+        torch.manual_seed(seed)
+        model = getattr(transformers, self.architecture)._from_config(self.config(), attn_implementation="eager")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(std=0.3 if "norm" in name or "ln_" in name else 0.4)
+        return model.eval().to(dtype)
+
+
+def _case(architecture: str, layout: Layout, config: str, **sizes: Any) -> Case:
+    return Case(architecture, layout, lambda: getattr(transformers, config)(**sizes))
+
+
+def _gemma_3_with_images() -> Any:
+    text = GROUPED | WINDOW | LAYER_TYPES | {"query_pre_attn_scalar": 10}
+    return transformers.Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=1)
+
+
+CASES = {
+    "gemma_2": _case(
+        "Gemma2ForCausalLM", Layout(**GEMMA_NORMS), "Gemma2Config", **GROUPED, **WINDOW, query_pre_attn_scalar=10
+    ),
+    "gemma_3_text": _case(
+        "Gemma3ForCausalLM",
+        Layout(**GEMMA_NORMS, queries="normed_heads_first"),
+        "Gemma3TextConfig",
+        **GROUPED | WINDOW | LAYER_TYPES,
+        query_pre_attn_scalar=7,
+        final_logit_softcapping=20.0,
+    ),
+    "gemma_3_with_images": Case(
+        "Gemma3ForConditionalGeneration",
+        Layout(
+            "model.language_model.layers",
+            "model.language_model.norm",
+            "model.language_model.embed_tokens",
+            **GEMMA_NORMS,
+            queries="normed_heads_first",
+        ),
+        _gemma_3_with_images,
+    ),
+    "llama": _case("LlamaForCausalLM", Layout(), "LlamaConfig", **GROUPED),
+    "llama_with_biases_tied": _case(
+        "LlamaForCausalLM",
+        Layout(),
+        "LlamaConfig",
+        **GROUPED,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "mistral": _case("MistralForCausalLM", Layout(), "MistralConfig", **GROUPED, **WINDOW),
+    "qwen_2": _case(
+        "Qwen2ForCausalLM",
+        Layout(),
+        "Qwen2Config",
+        **SIZES | WINDOW,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        max_window_layers=1,
+    ),
+    "qwen_2_tied": _case(
+        "Qwen2ForCausalLM", Layout(), "Qwen2Config", **SIZES, num_key_value_heads=1, tie_word_embeddings=True
+    ),
+    "qwen_3": _case("Qwen3ForCausalLM", Layout(queries="normed_heads"), "Qwen3Config", **GROUPED),
+    "qwen_3_with_biases": _case(
+        "Qwen3ForCausalLM",
+        Layout(queries="normed_heads"),
+        "Qwen3Config",
+        **GROUPED | WINDOW,
+        attention_bias=True,
+        use_sliding_window=True,
+        max_window_layers=2,
+    ),
+    "olmo_2": _case(
+        "Olmo2ForCausalLM",
+        Layout(mlp_norm=None, post_norms=GEMMA_NORMS["post_norms"], queries="normed_flat"),
+        "Olmo2Config",
+        **SIZES,
+        num_key_value_heads=2,
+    ),
+    "gpt_2": _case(
+        "GPT2LMHeadModel", GPT_2, "GPT2Config", vocab_size=VOCABULARY, n_embd=24, n_layer=3, n_head=6, n_inner=36
+    ),
+    "gpt_2_untied": _case(
+        "GPT2LMHeadModel",
+        GPT_2,
+        "GPT2Config",
+        vocab_size=VOCABULARY,
+        n_embd=24,
+        n_layer=3,
+        n_head=3,
+        tie_word_embeddings=False,
+    ),
+    "pythia": _case("GPTNeoXForCausalLM", Layout(**NEOX, parallel=True), "GPTNeoXConfig", **SIZES),
+    "neox_in_sequence_without_biases": _case(
+        "GPTNeoXForCausalLM",
+        Layout(**NEOX),
+        "GPTNeoXConfig",
+        **SIZES,
+        use_parallel_residual=False,
+        attention_bias=False,
+        tie_word_embeddings=True,
+        rotary_pct=0.5,
+    ),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +15,8 @@ from extraction_support import log_softmax
 from actstore.errors import InvalidInput, UnsupportedFormat
 from actstore.lenses import Unembed
 from actstore.lenses import unembed as unembed_module
+from actstore.store import write_piece
+from actstore.store.bundle import open_bundle_file
 
 
 class Piece(dict[str, Any]):
@@ -141,5 +144,27 @@ def test_rows_of_another_width_are_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_an_unknown_norm_is_refused() -> None:
-    with pytest.raises(UnsupportedFormat, match="'layer'"):
-        made(np.ones((9, 4), np.float32), np.ones(4, np.float32), norm="layer")
+    with pytest.raises(UnsupportedFormat, match="'batch'"):
+        made(np.ones((9, 4), np.float32), np.ones(4, np.float32), norm="batch")
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_layer_norm_is_centred_and_has_its_bias(tmp_path: Path, has_bias: bool) -> None:
+    random = np.random.default_rng(1)
+    weight, gain, bias = (random.normal(size=size).astype(np.float32) for size in ((60, 8), (8,), (8,)))
+    rows = random.normal(size=(5, 8)).astype(np.float32) + 3
+    arrays = {"weight": (weight, ("token", "width")), "gain": (gain, ("width",))}
+    arrays |= {"bias": (bias, ("width",))} if has_bias else {}
+    attributes = {"piece": "unembedding", "norm": "layer", "norm_epsilon": 1e-5, "softcap": None}
+    digest = write_piece(tmp_path, arrays, attributes)
+    norm = torch.nn.LayerNorm(8, eps=1e-5, bias=has_bias)
+    with torch.no_grad():
+        norm.weight.copy_(torch.from_numpy(gain))
+        if has_bias:
+            norm.bias.copy_(torch.from_numpy(bias))
+        expected = torch.log_softmax(norm(torch.from_numpy(rows)) @ torch.from_numpy(weight).T, -1).sort(
+            descending=True
+        )
+    top = Unembed(open_bundle_file(tmp_path / "kit" / f"{digest}.zip")).top(rows, 60)
+    np.testing.assert_allclose(top.logprobs, expected.values.numpy(), atol=1e-5)
+    assert top.token_ids.tolist() == expected.indices.tolist()

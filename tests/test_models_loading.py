@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 from models_support import captured, reference_sites, save_tiny_model, tiny_model, token_batch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, LlamaConfig, T5Config
+from transformers import BartConfig, BertConfig, LlamaConfig, OPTConfig, T5Config
 
 from actstore.errors import ActstoreError, InvalidInput, MissingInput, UnsupportedFormat
 from actstore.models import describe_model, load_model
@@ -167,9 +167,12 @@ def _write_config(folder: Path, config: Any, *architectures: str) -> Path:
 @pytest.mark.parametrize(
     ("config", "architecture", "error", "message"),
     [
-        pytest.param(BertConfig(), "BertModel", InvalidInput, "not a causal language model", id="encoder"),
-        pytest.param(T5Config(), "T5ForConditionalGeneration", InvalidInput, "not a causal", id="encoder_decoder"),
-        pytest.param(LlamaConfig(), "LlamaForCausalLM", UnsupportedFormat, "Accepted: Gemma2ForCausalLM", id="family"),
+        pytest.param(BertConfig(), "BertModel", InvalidInput, "every token sees those behind it", id="encoder"),
+        pytest.param(BertConfig(), "BertForMaskedLM", InvalidInput, "encoder every token sees", id="masked"),
+        pytest.param(T5Config(), "T5ForConditionalGeneration", InvalidInput, "two residual", id="encoder_decoder"),
+        pytest.param(BartConfig(), "BartForConditionalGeneration", InvalidInput, "two residual streams", id="bart"),
+        pytest.param(LlamaConfig(), "LlamaModel", InvalidInput, "head that predicts tokens is missing", id="no_head"),
+        pytest.param(OPTConfig(), "OPTForCausalLM", UnsupportedFormat, "Accepted: Gemma2ForCausalLM", id="family"),
         pytest.param(LlamaConfig(), "MyOwnModel", InvalidInput, "remote code is never run", id="remote_code"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models_support import tiny_model
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from actstore.errors import InvalidInput, Unhealthy, UnknownName
 from actstore.health import HealthCheck
@@ -38,8 +39,12 @@ def test_only_the_layers_that_were_asked_for_are_proved(model: LoadedModel) -> N
         "resid_pre + attn_out = resid_mid": "resid_mid.1",
         "resid_pre + attn_out + mlp_out = resid_post": "resid_post.1",
         "z · W_O = attn_out_raw": "attn_out_raw.1",
+        "mlp_act · W_down = mlp_out_raw": "mlp_out_raw.1",
         "post-norm(attn_out_raw) = attn_out": "attn_out.1",
+        "ln2_normalized · gain = ln2": "ln2.1",
+        "post-norm(mlp_out_raw) = mlp_out": "mlp_out.1",
         "unembedding(resid_post) = the model's logits": "resid_post.2",
+        "the start of a sequence = its rows in the whole": "resid_post.2",
         "a padded batch = single runs": "z.1",
     }
 
@@ -72,6 +77,10 @@ def _row_dependent(model: torch.nn.Module) -> None:
         pytest.param(_scaled("model.layers.1.self_attn.o_proj"), "W_O = attn_out_raw at attn_out_raw.1", id="o_proj"),
         pytest.param(_scaled("model.layers.1.self_attn"), "W_O = attn_out_raw at attn_out_raw.1", id="attention"),
         pytest.param(_scaled("model.layers.1.post_attention_layernorm"), "= attn_out at attn_out.1", id="post_norm"),
+        pytest.param(_scaled("model.layers.1.mlp.down_proj"), "W_down = mlp_out_raw at mlp_out_raw.1", id="down_proj"),
+        pytest.param(_scaled("model.layers.1.pre_feedforward_layernorm"), "gain = ln2 at ln2.1", id="pre_norm"),
+        pytest.param(_scaled("model.layers.1.post_feedforward_layernorm"), "= mlp_out at mlp_out.1", id="mlp_post"),
+        pytest.param(_scaled("model.embed_tokens"), r"\+ position = resid_pre at resid_pre.0", id="embedding"),
         pytest.param(_scaled("lm_head"), "the model's logits at resid_post.2", id="unembedding"),
         pytest.param(_scaled("model.norm"), "the model's logits at resid_post.2", id="final_norm"),
         pytest.param(_row_dependent, "a padded batch = single runs at resid_post.1", id="rows_that_mix"),
@@ -84,13 +93,32 @@ def test_a_tampered_model_is_refused_by_the_name_of_the_identity(
     model = load_model(tiny_model(dtype=dtype))
     tamper(model.causal_lm)
     with pytest.raises(Unhealthy, match=rf"{identity} is [\d.e+-]+, at most \d"):
-        prove(model, [Site("resid_post", 1)])
+        prove(model, [Site("embed_raw"), Site("resid_post", 1)])
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
+    config = Gemma3TextConfig(
+        vocab_size=97,
+        hidden_size=24,
+        intermediate_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=10,
+        use_bidirectional_attention=True,
+    )
+    model = Gemma3ForCausalLM._from_config(config, attn_implementation="eager")
+    with pytest.raises(Unhealthy, match=r"the start of a sequence = its rows in the whole at resid_post\.1"):
+        prove(load_model(model), [Site("resid_post", 0)])
 
 
 @pytest.mark.parametrize(
     ("kind", "wrong"),
     [
         pytest.param("mlp_out", "mlp_out_raw", id="before_the_post_norm"),
+        pytest.param("ln2", "ln2_normalized", id="without_its_gain"),
+        pytest.param("ln2_normalized", "ln2", id="with_its_gain"),
+        pytest.param("mlp_out_raw", "mlp_out", id="after_the_post_norm"),
         pytest.param("attn_out", "attn_out_raw", id="attention_before_the_post_norm"),
         pytest.param("resid_post", "final", id="hidden_states_after_the_final_norm"),
         pytest.param("resid_mid", "ln2", id="after_the_pre_norm"),
@@ -101,6 +129,12 @@ def test_a_wrong_description_of_an_architecture_is_refused(model: LoadedModel, k
     family = replace(GEMMA_2, taps={**GEMMA_2.taps, kind: GEMMA_2.taps[wrong]})
     with pytest.raises(Unhealthy):
         prove(replace(model, family=family), [Site(kind, 2)])
+
+
+def test_a_wrong_place_for_the_final_norm_is_refused(model: LoadedModel) -> None:
+    family = replace(GEMMA_2, taps={**GEMMA_2.taps, "final": replace(GEMMA_2.taps["final"], end="input")})
+    with pytest.raises(Unhealthy, match=r"final-norm\(resid_post\) = final at final is"):
+        prove(replace(model, family=family), [Site("final")])
 
 
 def test_a_declared_width_that_is_wrong_is_refused(model: LoadedModel) -> None:

@@ -150,7 +150,7 @@ def test_captured_values_carry_no_graph(model: LoadedModel, batch: Batch) -> Non
     assert not found[Site("resid_post", 1)].requires_grad
 
 
-@pytest.mark.parametrize("name", ["resid_post.3", "pattern.0", "embed_raw"])
+@pytest.mark.parametrize("name", ["resid_post.3", "pattern.0", "q.7"])
 def test_a_site_that_is_not_there_is_refused_with_what_is(model: LoadedModel, batch: Batch, name: str) -> None:
     with pytest.raises(UnknownName, match=r"resid_post\.0-2"):
         model.capture(*batch, [parse_site(name)], lambda _site, _values: None)

@@ -45,6 +45,8 @@ def write_unembedding(root: Path, model: LoadedModel) -> str:
         "weight": (_numpy(unembedding.weight), ("token", "width")),
         "gain": (_numpy(unembedding.gain), ("width",)),
     }
+    if unembedding.bias is not None:
+        arrays["bias"] = (_numpy(unembedding.bias), ("width",))
     attributes = {
         "piece": UNEMBEDDING,
         "norm": unembedding.norm,
@@ -90,6 +92,8 @@ def feature_logits(
     written = _directions(model, encoder)
     if written is None:
         return None
+    if unembedding.norm == "layer":  # what is the same in every dimension does not pass a layer norm
+        written = written - written.mean(dim=1, keepdim=True)
     directions = written * unembedding.gain
     n_top = min(TOP_TOKENS, unembedding.weight.shape[0] // 2)
     weight = unembedding.weight

@@ -44,8 +44,10 @@ class Unembed:
         self._gain = np.asarray(piece["gain"], dtype=np.float32)
         self._softcap: float | None = _optional_float(piece.attrs["softcap"])
         self._epsilon = float(str(piece.attrs["norm_epsilon"]))
-        if piece.attrs["norm"] != "rms":
-            raise UnsupportedFormat(explain(f"The kit's final norm is {piece.attrs['norm']!r}", accepted="rms"))
+        self._bias: Any = np.asarray(piece["bias"], dtype=np.float32) if "bias" in piece else np.float32(0)
+        self._centred = piece.attrs["norm"] == "layer"
+        if piece.attrs["norm"] not in ("rms", "layer"):
+            raise UnsupportedFormat(explain(f"The kit's final norm is {piece.attrs['norm']!r}", accepted="rms, layer"))
 
     @property
     def d_model(self) -> int:
@@ -101,9 +103,11 @@ class Unembed:
             yield first, logits
 
     def _norm(self, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """RMS norm with the effective gain, rounded to the weight's dtype as the model rounds it."""
+        """RMS or layer norm with the effective gain, rounded to the weight's dtype as the model rounds it."""
+        if self._centred:
+            rows = rows - rows.mean(axis=1, keepdims=True)
         scale = 1 / np.sqrt(np.mean(rows * rows, axis=1, keepdims=True) + np.float32(self._epsilon))
-        normed = rows * scale * self._gain
+        normed = rows * scale * self._gain + self._bias
         if self._weight.dtype == np.dtype(ml_dtypes.bfloat16):
             normed = normed.astype(ml_dtypes.bfloat16)
         return np.asarray(normed, dtype=np.float32)

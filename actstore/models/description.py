@@ -12,12 +12,13 @@ from actstore.errors import InvalidInput, MissingInput, explain
 from actstore.sealed import digest_of
 from actstore.sites import Site
 
+from .discovery import family_of_model
 from .facts import ModelFacts, facts_from_config, sites_of
-from .families import family_of
+from .families import Family
 from .hub import ModelFolder, find_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["ModelDescription", "config_digest", "describe_folder", "describe_model", "read_config"]
 
@@ -40,16 +41,17 @@ class ModelDescription:
     """The facts of a model and the parts of its identity that need no weights."""
 
     facts: ModelFacts
+    family: Family
     revision: str | None
     config_digest: str
 
     def sites(self) -> tuple[Site, ...]:
         """Return every site of the model, in forward order."""
-        return sites_of(family_of(self.facts.architecture, self.facts.name), self.facts)
+        return sites_of(self.family, self.facts)
 
     def site_width(self, site: Site) -> int:
         """Return the width of one of `sites`."""
-        return self.facts.width(family_of(self.facts.architecture, self.facts.name).taps[site.kind])
+        return self.facts.width(self.family.taps[site.kind])
 
 
 def describe_model(source: str | Path, *, revision: str | None = None) -> ModelDescription:
@@ -64,10 +66,12 @@ def describe_model(source: str | Path, *, revision: str | None = None) -> ModelD
 def describe_folder(folder: ModelFolder) -> ModelDescription:
     """Describe the model in a folder; raises as `describe_model` does."""
     body = _read_json(folder)
-    family = family_of(_causal_architecture(body, folder.name), folder.name)
-    config = read_config(folder)
-    facts = facts_from_config(config, family, folder.name, _count_parameters(config, folder.name))
-    return ModelDescription(facts, folder.revision, config_digest(body))
+    _refuse_other_than_causal(body, folder.name)
+    skeleton = _skeleton(read_config(folder), folder.name)
+    family = family_of_model(skeleton, folder.name)
+    n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    facts = facts_from_config(skeleton.config, family, folder.name, n_parameters)
+    return ModelDescription(facts, family, folder.revision, config_digest(body))
 
 
 def config_digest(body: Mapping[str, Any]) -> str:
@@ -108,7 +112,7 @@ def _broken(name: str, reason: object) -> InvalidInput:
     return InvalidInput(explain(f"The config.json of {name} is broken: {reason}", next_step="fetch the model again"))
 
 
-def _causal_architecture(body: Mapping[str, Any], name: str) -> str:
+def _refuse_other_than_causal(body: Mapping[str, Any], name: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     named = body.get("architectures")
@@ -117,21 +121,34 @@ def _causal_architecture(body: Mapping[str, Any], name: str) -> str:
     if named[0] not in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise InvalidInput(
             explain(
-                f"{name} is a {named[0]}, which is not a causal language model that transformers knows",
+                f"{name} is a {named[0]}, which is not a causal language model{_reason(body, named[0])}",
                 accepted="models that predict the next token, such as Gemma2ForCausalLM; remote code is never run",
             )
         )
-    return named[0]
 
 
-def _count_parameters(config: PreTrainedConfig, name: str) -> int:
-    """Build the model without memory for its weights, and count them."""
+def _reason(body: Mapping[str, Any], architecture: str) -> str:
+    """Return why a model of an architecture that is not causal cannot be captured."""
+    from transformers.models.auto import modeling_auto
+
+    two_streams = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    if body.get("is_encoder_decoder") is True or architecture in two_streams.values():
+        return ": an encoder-decoder has two residual streams, and `layer` would name two places"
+    if body.get("model_type") in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return ": in an encoder every token sees those behind it, and none is predicted from those before"
+    if architecture in modeling_auto.MODEL_MAPPING_NAMES.values():
+        return ": the head that predicts tokens is missing"
+    return " that transformers knows"
+
+
+def _skeleton(config: PreTrainedConfig, name: str) -> PreTrainedModel:
+    """Return the model without memory for its weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+            return model.eval()
     except Exception as error:  # sizes that do not fit each other surface as many kinds
         raise _broken(name, error) from error
-    return sum(parameter.numel() for parameter in model.parameters())

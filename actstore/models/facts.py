@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from actstore.errors import InvalidInput, explain
-from actstore.sites import KINDS, WITHOUT_LAYER, Site
+from actstore.sites import WITHOUT_LAYER, Site
 
 from .families import Family, Tap
 
@@ -35,6 +35,7 @@ class ModelFacts:
     norm_eps: float
     checkpoint_dtype: str
     n_parameters: int  # tied weights counted once
+    parallel_blocks: bool = False  # attention and MLP both read resid_pre
 
     def __post_init__(self) -> None:
         counts = (self.n_layers, self.d_model, self.n_heads, self.n_kv_heads, self.d_head, self.d_mlp)
@@ -69,33 +70,36 @@ class ModelFacts:
 
 def facts_from_config(config: PreTrainedConfig, family: Family, name: str, n_parameters: int) -> ModelFacts:
     """Return the facts of a configuration; raises InvalidInput where they make no sense."""
-    d_model, n_heads = int(config.hidden_size), int(config.num_attention_heads)
+    text = config.get_text_config()  # itself, unless the model reads images too
+    d_model, n_heads = int(text.hidden_size), int(text.num_attention_heads)
     return ModelFacts(
         name=name,
         architecture=family.architecture,
-        n_layers=int(config.num_hidden_layers),
+        n_layers=int(text.num_hidden_layers),
         d_model=d_model,
         n_heads=n_heads,
-        n_kv_heads=int(getattr(config, "num_key_value_heads", None) or n_heads),
-        d_head=int(getattr(config, "head_dim", None) or d_model // n_heads),
-        d_mlp=int(getattr(config, family.d_mlp_key)),
-        vocabulary_size=int(config.vocab_size),
-        final_softcap=getattr(config, family.final_softcap_key, None),
-        norm_eps=float(getattr(config, family.norm_eps_key)),
+        n_kv_heads=int(getattr(text, "num_key_value_heads", None) or n_heads),
+        d_head=int(getattr(text, "head_dim", None) or d_model // n_heads),
+        d_mlp=int(getattr(text, family.d_mlp_key) or 4 * d_model),
+        vocabulary_size=int(text.vocab_size),
+        final_softcap=None if family.final_softcap_key is None else getattr(text, family.final_softcap_key, None),
+        norm_eps=float(getattr(text, family.norm_eps_key)),
         checkpoint_dtype=_dtype_name(config, name),
         n_parameters=n_parameters,
+        parallel_blocks=family.parallel_key is not None and bool(getattr(text, family.parallel_key)),
     )
 
 
 def sites_of(family: Family, facts: ModelFacts) -> tuple[Site, ...]:
     """Return every site of a model, in forward order."""
-    found = [Site(kind) for kind in KINDS if kind in family.taps and kind in WITHOUT_LAYER]
-    found += [Site(kind, layer) for kind in family.taps if kind not in WITHOUT_LAYER for layer in range(facts.n_layers)]
+    kinds = family.taps.keys() - ({"resid_mid"} if facts.parallel_blocks else set())
+    found = [Site(kind) for kind in kinds & WITHOUT_LAYER]
+    found += [Site(kind, layer) for kind in kinds - WITHOUT_LAYER for layer in range(facts.n_layers)]
     return tuple(sorted(found, key=lambda site: site.depth))
 
 
 def _dtype_name(config: PreTrainedConfig, name: str) -> str:
-    dtype = str(config.dtype or "float32").removeprefix("torch.")
+    dtype = str(config.dtype or config.get_text_config().dtype or "float32").removeprefix("torch.")
     if dtype not in ITEM_BYTES:
         raise InvalidInput(explain(f"The dtype {dtype!r} of {name} is not known", accepted=", ".join(ITEM_BYTES)))
     return dtype

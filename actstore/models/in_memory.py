@@ -12,8 +12,8 @@ from actstore.recipe import COMPUTE_DTYPES, ModelIdentity
 
 from .description import config_digest
 from .digests import digest_of_tensors
+from .discovery import family_of_model
 from .facts import facts_from_config
-from .families import family_of
 from .loaded import LoadedModel
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def adopt_model(causal_lm: PreTrainedModel, *, dtype: str | None, device: str) -
             explain(f"A {type(causal_lm).__name__} is no model", accepted="a folder, a hub id or a PreTrainedModel")
         )
     name, architecture = _name(causal_lm), type(causal_lm).__name__
-    family = family_of(architecture, name)
     _check_placement(causal_lm, dtype, device)
+    family = family_of_model(causal_lm.eval(), name)
     _make_eager(causal_lm)
     n_parameters = sum(parameter.numel() for parameter in causal_lm.parameters())
     config = json.loads(causal_lm.config.to_json_string()) | {"architectures": [architecture]}
@@ -51,7 +51,7 @@ def adopt_model(causal_lm: PreTrainedModel, *, dtype: str | None, device: str) -
         weights_digest=digest_of_tensors(causal_lm),
     )
     facts = facts_from_config(causal_lm.config, family, name, n_parameters)
-    return LoadedModel(facts, identity, family, causal_lm.eval())
+    return LoadedModel(facts, identity, family, causal_lm)
 
 
 def _name(causal_lm: PreTrainedModel) -> str:
@@ -86,9 +86,10 @@ def _list(values: set[Any]) -> str:
 
 
 def _make_eager(causal_lm: PreTrainedModel) -> None:
-    if causal_lm.config._attn_implementation != "eager":
+    text = causal_lm.config.get_text_config()
+    if text._attn_implementation != "eager":
         causal_lm.set_attn_implementation("eager")
-    if causal_lm.config._attn_implementation != "eager":
+    if text._attn_implementation != "eager":
         raise InvalidInput(
             explain(
                 f"The attention of {type(causal_lm).__name__} cannot be switched to 'eager'",

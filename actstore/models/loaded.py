@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from actstore.errors import Unhealthy, explain, unknown_name
+from actstore.errors import Unhealthy, explain
 from actstore.recipe import ModelIdentity
-from actstore.sites import Site
+from actstore.sites import Site, not_on_model
 
 from .facts import ModelFacts, sites_of
 from .families import Family, Tap
@@ -102,25 +102,48 @@ class LoadedModel:
         """Return final norm, unembedding and soft cap; the weight is the model's own tensor, on its device."""
         return Unembedding(
             gain=self._gain(self.family.final_norm),
-            weight=self._weight(self.family.unembedding),
+            weight=self.causal_lm.get_output_embeddings().weight.detach(),
             softcap=self.facts.final_softcap,
             norm_eps=self.facts.norm_eps,
+            norm=self.family.norm,
+            bias=self._bias(self.family.final_norm),
         )
 
     def attention_output(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return a layer's W_O (heads · d_head, d_model), so that z @ W_O is `attn_out_raw`, and the post-norm's gain.
+        """Return a layer's W_O (heads · d_head, d_model), and the gain (d_model) of the norm behind it.
 
-        W_O is in the model's dtype, its rows head after head; the gain is float32 (d_model), or None where the
-        architecture has no norm between `attn_out_raw` and `attn_out`. Raises UnknownName for a layer not there.
+        z @ W_O is `attn_out_raw`, less the projection's bias where the architecture has one (see `projection`). W_O is
+        in the model's dtype, its rows head after head; the gain is float32, or None where the architecture has no norm
+        between `attn_out_raw` and `attn_out`. Raises UnknownName for a layer not there.
         """
         self._tap(Site("z", layer))
         post_norm = self.family.attention_post_norm
         gain = None if post_norm is None else self._gain(post_norm.format(layer=layer))
-        return self._weight(self.family.attention_output.format(layer=layer)).T, gain
+        return self.projection(self.family.attention_output, layer)[0], gain
+
+    def projection(self, module: str, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return weight (in, out) in the model's dtype and bias float32 (out) of a layer's linear module.
+
+        module: `attention_output` or `mlp_output` of the family.
+        """
+        path = module.format(layer=layer)
+        weight = self._weight(path)
+        return weight if self.family.weights_are_inputs_first else weight.T, self._bias(path)
+
+    def embedded(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return float32 `resid_pre.0` of `embed_raw` rows (row, d_model) at positions int64 (row)."""
+        scaled = rows.float() * (self.facts.d_model**0.5 if self.family.embedding_is_scaled else 1)
+        if self.family.position_embedding is None:
+            return scaled
+        return scaled + self._weight(self.family.position_embedding)[positions].float()
+
+    def norm(self, module: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return gain and bias of a norm by its path, float32 (d_model)."""
+        return self._gain(module), self._bias(module)
 
     def _tap(self, site: Site) -> Tap:
         if site not in self._taps:
-            raise unknown_name("site", str(site), _spans(self.sites()), next_step="choose one that this model has")
+            raise not_on_model(site, self.sites())
         return self._taps[site]
 
     def _run(self, token_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
@@ -150,6 +173,10 @@ class LoadedModel:
         weight: torch.Tensor = self.causal_lm.get_parameter(f"{module}.weight")
         return weight.detach()
 
+    def _bias(self, module: str) -> torch.Tensor | None:
+        bias = getattr(self.causal_lm.get_submodule(module), "bias", None)
+        return None if bias is None else bias.detach().float()
+
     def _gain(self, module: str) -> torch.Tensor:
         return self._weight(module).float() + self.family.norm_gain_offset
 
@@ -163,14 +190,14 @@ def _hook(module: torch.nn.Module, tap: Tap, receive: Callable[[torch.Tensor], N
     def after(_module: Any, _inputs: Any, output: Any) -> None:
         receive(output[tap.element] if isinstance(output, tuple) else output)
 
+    def rows(module: Any, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        receive(module.weight[positional[0] if positional else keywords[tap.keyword]])
+
+    if tap.end == "rows":
+        return module.register_forward_pre_hook(rows, with_kwargs=True)
     if tap.end == "input":
         return module.register_forward_pre_hook(before, with_kwargs=True)
     return module.register_forward_hook(after)
-
-
-def _spans(sites: Sequence[Site]) -> list[str]:
-    last = {site.kind: site for site in sites}
-    return [kind if site.layer is None else f"{kind}.0-{site.layer}" for kind, site in last.items()]
 
 
 def _never_ran(sites: Sequence[Site]) -> Unhealthy:

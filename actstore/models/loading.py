@@ -10,10 +10,10 @@ from actstore.recipe import COMPUTE_DTYPES, ModelIdentity
 
 from .description import ModelDescription, describe_folder, read_config
 from .digests import digest_of_files
-from .families import family_of
 from .hub import ModelFolder, find_model
 from .in_memory import adopt_model
 from .loaded import LoadedModel
+from .proof import prove
 
 if TYPE_CHECKING:
     import torch
@@ -37,21 +37,31 @@ def load_model(
     A model in memory stays where it is and as it is, except that it is put into evaluation mode and eager attention.
     TF32 is switched off for the whole process.
     Raises MissingInput, InvalidInput or UnsupportedFormat, as `describe_model`, and InvalidInput for a dtype or device
-    that cannot be used.
+    that cannot be used. An architecture that is not described is accepted where its structure tells its places and all
+    identities hold; raises Unhealthy, naming those that do not.
     """
     _switch_off_tf32()
     if not isinstance(source, (str, Path)):
-        return adopt_model(source, dtype=dtype, device=device)
+        return _proved(adopt_model(source, dtype=dtype, device=device))
     place = _choose_device(device)
     folder = find_model(source, revision, weights=True)
     description = describe_folder(folder)
     causal_lm = _read_weights(folder, _choose_dtype(description, dtype))
-    return LoadedModel(
+    _refuse_untied(causal_lm, description)
+    model = LoadedModel(
         facts=description.facts,
         identity=_identity(folder, description),
-        family=family_of(description.facts.architecture, folder.name),
+        family=description.family,
         causal_lm=causal_lm.to(place).eval(),
     )
+    return _proved(model)
+
+
+def _proved(model: LoadedModel) -> LoadedModel:
+    """Return the model; one whose places were only guessed has to prove them all first."""
+    if model.family.discovered:
+        prove(model, model.sites())
+    return model
 
 
 def _identity(folder: ModelFolder, description: ModelDescription) -> ModelIdentity:
@@ -75,7 +85,7 @@ def _choose_dtype(description: ModelDescription, dtype: str | None) -> str:
     chosen = dtype or description.facts.checkpoint_dtype
     if chosen in COMPUTE_DTYPES:
         return chosen
-    why = ": the residual stream of such models exceeds its largest value, 65,504" if chosen == "float16" else ""
+    why = ": the residual stream of some models exceeds its largest value, 65,504" if chosen == "float16" else ""
     whose = "The dtype" if dtype else f"The checkpoint of {description.facts.name} is {chosen}, and the compute dtype"
     raise InvalidInput(
         explain(
@@ -151,6 +161,19 @@ def _refuse_misfits(folder: ModelFolder, report: dict[str, Any]) -> None:
             explain(
                 f"The weights of {folder.name} do not fit its config.json: {'; '.join(faults)}",
                 next_step="fetch the model again",
+            )
+        )
+
+
+def _refuse_untied(causal_lm: PreTrainedModel, description: ModelDescription) -> None:
+    """Refuse a head that the configuration ties to the embedding, and the files do not."""
+    n_parameters = sum(parameter.numel() for parameter in causal_lm.parameters())
+    if n_parameters != description.facts.n_parameters:
+        raise InvalidInput(
+            explain(
+                f"The config.json of {description.facts.name} ties the head to the embedding, and its weights have two "
+                f"different tensors ({n_parameters:,} parameters, {description.facts.n_parameters:,} expected)",
+                next_step="set tie_word_embeddings in config.json to what the model was trained with",
             )
         )
 

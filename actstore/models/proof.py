@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from actstore.errors import InvalidInput, Unhealthy, explain
 from actstore.health import HealthCheck
-from actstore.sites import Site
+from actstore.sites import KINDS, WITHOUT_LAYER, Site
 
 from .loaded import LoadedModel
-from .transforms import rms_normalized
+from .transforms import NORMALIZED
 from .unembedding import logits
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ Another batch shape may choose another order of summation, and that difference g
 was measured in bfloat16 on 26 random layers, 4e-6 in float32. Rows that see each other's padding differ by far more.
 """
 
-_LENGTHS = (13, 7, 2)  # of the sequences of the proof: of unlike length, so that padding is proved too
+_LENGTHS = (13, 7, 2)  # of the sequences of the proof, each the start of the first, so that causality is proved too
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ _SUMS = (
     _Sum("resid_pre + attn_out = resid_mid", ("resid_pre", "attn_out"), "resid_mid"),
     _Sum("resid_pre + attn_out + mlp_out = resid_post", ("resid_pre", "attn_out", "mlp_out"), "resid_post"),
 )
+_INSIDE_A_LAYER = frozenset(KINDS) - WITHOUT_LAYER - {"q", "k", "v", "pattern"}  # what the identities compare
+_EMBEDDING, _FIRST_RESIDUAL, _FINAL = Site("embed_raw"), Site("resid_pre", 0), Site("final")
 _Rows = dict[Site, "torch.Tensor"]
 
 
@@ -65,18 +67,26 @@ def prove(
     """Return the proofs of the requested sites and their layers, and of the unembedding; all hold.
 
     vocabulary_ids: token ids that the proof's sequences are drawn from, by default all of the model's.
-    Proves widths, sums of the residual stream, z · W_O, the post-norm of attention, the logits with their cap, and
-    that a padded batch equals single runs. Raises UnknownName for a site that the model does not have, Unhealthy,
-    naming each failed identity with its value and tolerance, where one does not hold.
+    Proves widths, the scale of the embedding, sums of the residual stream, both output projections, every norm but
+    that before attention, the logits with their cap, that a padded batch equals single runs, and that no token sees a
+    later one.
+    Raises UnknownName for a site that the model does not have, Unhealthy, naming each failed identity with its value
+    and tolerance, where one does not hold.
     """
     wanted = tuple(dict.fromkeys(sites))
     sequences = _sequences(model, vocabulary_ids)
     rows = _capture(model, sequences, _needed(model, wanted))
     layers = sorted({site.layer for site in wanted if site.layer is not None})
-    checks = [_width(model, site, rows[site]) for site in wanted]
+    widths = _sound(model, [_width(model, site, values) for site, values in rows.items()])
+    checks = [check for check in widths if check.subject in set(map(str, wanted))]
     for layer in layers:
-        checks += [*_sums(model, rows, layer), *_attention(model, rows, layer)]
-    checks += [_logits(model, sequences, rows), *_padding(model, sequences, {site: rows[site] for site in wanted})]
+        checks += [*_sums(model, rows, layer), *_products(model, rows, layer), *_norms(model, rows, layer)]
+    checks += [*_embedding(model, rows), *_final(model, rows), _logits(model, sequences, rows), _causal(model, rows)]
+    checks += _padding(model, sequences, {site: rows[site] for site in wanted})
+    return _sound(model, checks)
+
+
+def _sound(model: LoadedModel, checks: list[HealthCheck]) -> list[HealthCheck]:
     if failed := [check for check in checks if not check.ok]:
         raise _unhealthy(model, failed)
     return checks
@@ -87,14 +97,15 @@ def _sequences(model: LoadedModel, vocabulary_ids: Sequence[int] | None) -> list
     last = model.facts.vocabulary_size - 1
     if not ids or not 0 <= min(ids) <= max(ids) <= last:
         raise InvalidInput(explain("The vocabulary ids of the proof are not the model's", accepted=f"0 to {last}"))
-    draw = random.Random(0)
-    return [draw.choices(ids, k=length) for length in _LENGTHS]
+    whole = random.Random(0).choices(ids, k=max(_LENGTHS))
+    return [whole[:length] for length in _LENGTHS]
 
 
 def _needed(model: LoadedModel, wanted: Sequence[Site]) -> list[Site]:
-    kinds = {kind for identity in _SUMS for kind in (*identity.terms, identity.total)} | {"z", "attn_out_raw"}
     layers = {site.layer for site in wanted if site.layer is not None}
-    helpers = {Site(kind, layer) for layer in layers for kind in kinds} | {_last_residual(model)}
+    helpers = {Site(kind, layer) for layer in layers for kind in _INSIDE_A_LAYER} | {_last_residual(model)}
+    if _EMBEDDING in wanted:
+        helpers.add(_FIRST_RESIDUAL)
     return [*wanted, *(helpers & set(model.sites()) - set(wanted))]
 
 
@@ -139,15 +150,48 @@ def _sums(model: LoadedModel, rows: _Rows, layer: int) -> Iterator[HealthCheck]:
             yield _identity(model, identity.name, total, error)
 
 
-def _attention(model: LoadedModel, rows: _Rows, layer: int) -> Iterator[HealthCheck]:
-    z, raw, added = (Site(kind, layer) for kind in ("z", "attn_out_raw", "attn_out"))
-    if not {z, raw, added} <= rows.keys():
-        return
-    weight, gain = model.attention_output(layer)
-    yield _identity(model, "z · W_O = attn_out_raw", raw, _worst_row(rows[z].float() @ weight.float(), rows[raw]))
-    if gain is not None:
-        normed = rms_normalized(rows[raw].float(), model.facts.norm_eps) * gain
-        yield _identity(model, "post-norm(attn_out_raw) = attn_out", added, _worst_row(normed, rows[added]))
+def _products(model: LoadedModel, rows: _Rows, layer: int) -> Iterator[HealthCheck]:
+    for name, source, target, module in (
+        ("z · W_O = attn_out_raw", "z", "attn_out_raw", model.family.attention_output),
+        ("mlp_act · W_down = mlp_out_raw", "mlp_act", "mlp_out_raw", model.family.mlp_output),
+    ):
+        weight, bias = model.projection(module, layer)
+        product = rows[Site(source, layer)].float() @ weight.float()
+        found = product if bias is None else product + bias
+        expected = rows[Site(target, layer)]
+        yield _identity(model, name, Site(target, layer), _worst_row(found, expected, product))
+
+
+def _norms(model: LoadedModel, rows: _Rows, layer: int) -> Iterator[HealthCheck]:
+    family = model.family
+    for name, source, target, module in (
+        ("post-norm(attn_out_raw) = attn_out", "attn_out_raw", "attn_out", family.attention_post_norm),
+        ("ln2_normalized · gain = ln2", "ln2_normalized", "ln2", family.mlp_pre_norm),
+        ("post-norm(mlp_out_raw) = mlp_out", "mlp_out_raw", "mlp_out", family.mlp_post_norm),
+    ):
+        if module is not None:
+            gain, bias = model.norm(module.format(layer=layer))
+            given = rows[Site(source, layer)].float()
+            scaled = gain * (given if target == "ln2" else NORMALIZED[family.norm](given, model.facts.norm_eps))
+            found = scaled if bias is None else scaled + bias
+            yield _identity(model, name, Site(target, layer), _worst_row(found, rows[Site(target, layer)], scaled))
+
+
+def _embedding(model: LoadedModel, rows: _Rows) -> Iterator[HealthCheck]:
+    import torch
+
+    if _EMBEDDING in rows:
+        positions = torch.cat([torch.arange(length) for length in _LENGTHS]).to(model.device)
+        error = _worst_row(model.embedded(rows[_EMBEDDING], positions), rows[_FIRST_RESIDUAL])
+        yield _identity(model, "scale · embed_raw + position = resid_pre", _FIRST_RESIDUAL, error)
+
+
+def _final(model: LoadedModel, rows: _Rows) -> Iterator[HealthCheck]:
+    if _FINAL in rows:
+        gain, bias = model.norm(model.family.final_norm)
+        normed = NORMALIZED[model.family.norm](rows[_last_residual(model)].float(), model.facts.norm_eps) * gain
+        error = _worst_row(normed if bias is None else normed + bias, rows[_FINAL], normed)
+        yield _identity(model, "final-norm(resid_post) = final", _FINAL, error)
 
 
 def _logits(model: LoadedModel, sequences: Sequence[Sequence[int]], rows: _Rows) -> HealthCheck:
@@ -159,6 +203,15 @@ def _logits(model: LoadedModel, sequences: Sequence[Sequence[int]], rows: _Rows)
         own = model.causal_lm(input_ids=token_ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
     error = _worst_row(logits(model.unembedding(), rows[last]), own)
     return _identity(model, "unembedding(resid_post) = the model's logits", last, error)
+
+
+def _causal(model: LoadedModel, rows: _Rows) -> HealthCheck:
+    import torch
+
+    last = _last_residual(model)
+    whole, *starts = torch.split(rows[last], list(_LENGTHS))
+    error = max(_worst_row(start, whole[: len(start)]) for start in starts)
+    return _identity(model, "the start of a sequence = its rows in the whole", last, error, PADDING_TOLERANCE)
 
 
 def _padding(model: LoadedModel, sequences: Sequence[Sequence[int]], rows: _Rows) -> Iterator[HealthCheck]:

@@ -6,11 +6,12 @@ What lenses need of a model; the kit of a store holds the same numbers, so they 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from actstore.errors import InvalidInput, explain
 
-from .transforms import rms_normalized
+from .families import Norm
+from .transforms import NORMALIZED
 
 if TYPE_CHECKING:
     import torch
@@ -25,18 +26,23 @@ _WIDENED_ROWS = 8192
 class Unembedding:
     """Final norm, unembedding and soft cap.
 
-    gain float32 (d_model): the effective one, 1 + weight for Gemma; weight (vocabulary, d_model) in the model's dtype.
+    gain float32 (d_model): the effective one, 1 + weight for Gemma; weight (vocabulary, d_model) in the model's dtype;
+    bias float32 (d_model): added after the gain, by layer norms only. Raises InvalidInput where shapes disagree.
     """
 
     gain: torch.Tensor
     weight: torch.Tensor
     softcap: float | None
     norm_eps: float
-    norm: Literal["rms"] = "rms"
+    norm: Norm = "rms"
+    bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.weight.ndim != 2 or tuple(self.gain.shape) != (self.weight.shape[1],):
-            raise InvalidInput(explain(f"gain {tuple(self.gain.shape)} and weight {tuple(self.weight.shape)} disagree"))
+        per_column = {tuple(vector.shape) for vector in (self.gain, self.bias) if vector is not None}
+        if self.weight.ndim != 2 or per_column != {(self.weight.shape[1],)}:
+            raise InvalidInput(
+                explain(f"gain and bias {sorted(per_column)} and weight {tuple(self.weight.shape)} disagree")
+            )
 
 
 def logits(unembedding: Unembedding, resid_rows: torch.Tensor) -> torch.Tensor:
@@ -48,7 +54,9 @@ def logits(unembedding: Unembedding, resid_rows: torch.Tensor) -> torch.Tensor:
     import torch
 
     with torch.no_grad():
-        normed = rms_normalized(resid_rows.float(), unembedding.norm_eps) * unembedding.gain
+        normed = NORMALIZED[unembedding.norm](resid_rows.float(), unembedding.norm_eps) * unembedding.gain
+        if unembedding.bias is not None:
+            normed += unembedding.bias
         raw = _product(normed.to(unembedding.weight.dtype), unembedding.weight)
         cap = unembedding.softcap
         return raw if cap is None else raw.div_(cap).tanh_().mul_(cap)
