@@ -57,6 +57,7 @@ Examples:
 @click.option("--batch-tokens", type=int, help="Padded tokens of a forward pass at most [8192].")
 @click.option("--mixed", is_flag=True, help="Allow resuming on another type of device; recorded.")
 @click.option("--allow-unhealthy", is_flag=True, help="Store an SAE that fails its proof; recorded.")
+@click.option("--allow-pt", is_flag=True, help="Read SAEs from .pt files too (torch.load, weights only).")
 @click.option("--force", is_flag=True, help="Go on though the disk may not suffice.")
 @click.option("--no-index", is_flag=True, help="Do not index when done.")
 @click.option("--plan", "only_plan", is_flag=True, help="Only say what it would take; loads no weights.")

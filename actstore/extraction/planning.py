@@ -74,7 +74,7 @@ def _draft(
         config_digest=UNKNOWN,
         weights_digest=UNKNOWN,
     )
-    saes = [_planned(one) for one in expand_sae_arguments(request.saes)]
+    saes = [_planned(one) for one in expand_sae_arguments(request.saes, allow_pt=request.allow_pt)]
     existing = [str(site) for site in model.sites()]
     for coder in saes:
         if coder.site not in existing:

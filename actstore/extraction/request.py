@@ -49,6 +49,7 @@ class Request:
     append: Any = None
     mixed: bool = False
     allow_unhealthy: bool = False
+    allow_pt: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:

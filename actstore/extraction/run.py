@@ -45,7 +45,7 @@ def extract(request: Request, report: Report = silent) -> Outcome:
     Raises ActstoreError for everything that a user can cause; every shard that was finished is kept.
     """
     check_target(request)
-    coders = [load_sae(one) for one in expand_sae_arguments(request.saes)]
+    coders = [load_sae(one) for one in expand_sae_arguments(request.saes, allow_pt=request.allow_pt)]
     model = load_model(request.model, revision=request.revision, dtype=request.dtype, device=request.device)
     check_sites(request, model, coders, report)
     tokenizer = tokenizer_of(request)

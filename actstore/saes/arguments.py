@@ -70,15 +70,16 @@ def parse_sae_argument(text: str) -> SaeArgument:
     return SaeArgument(source, sae, parse_site(site) if "@" in rest else None)
 
 
-def expand_sae_arguments(arguments: Sequence[str]) -> list[ResolvedSae]:
+def expand_sae_arguments(arguments: Sequence[str], *, allow_pt: bool = False) -> list[ResolvedSae]:
     """Return the SAEs that the arguments name: those of one argument in order of their path's numbers.
 
+    allow_pt: read files of torch.save too, their tensors and nothing else.
     Reads configurations and no weights. The hub is asked for a listing by `canonical`, globs and paths that do not say
     their format, and for configurations.
     Raises MissingInput where nothing is there, InvalidInput for a site that is unknown or contradicts the path or the
     configuration and for an id that is used twice, UnsupportedFormat for formats and architectures that are not read.
     """
-    found = [sae for text in arguments for sae in _expand(parse_sae_argument(text))]
+    found = [sae for text in arguments for sae in _expand(parse_sae_argument(text), allow_pt)]
     ids = [sae.sae for sae in found]
     if twice := sorted({sae for sae in ids if ids.count(sae) > 1}):
         places = ", ".join(str(sae.place) for sae in found if sae.sae == twice[0])
@@ -92,8 +93,10 @@ def expand_sae_arguments(arguments: Sequence[str]) -> list[ResolvedSae]:
     return found
 
 
-def _expand(argument: SaeArgument) -> list[ResolvedSae]:
+def _expand(argument: SaeArgument, allow_pt: bool) -> list[ResolvedSae]:
     places = find_places(argument.source)
+    if pickled := [place for place in places if place.format.pickled and not allow_pt]:
+        raise _pickle_refused(pickled[0])
     if argument.id and len(places) > 1:
         raise InvalidInput(
             explain(
@@ -102,6 +105,16 @@ def _expand(argument: SaeArgument) -> list[ResolvedSae]:
             )
         )
     return [_resolve(argument, place) for place in places]
+
+
+def _pickle_refused(place: Place) -> UnsupportedFormat:
+    return UnsupportedFormat(
+        explain(
+            f"{place} holds {place.format.weights}, a pickle: a program that runs when it is opened",
+            accepted="safetensors and npz",
+            next_step="where you trust its makers say --allow-pt (allow_pt=True): tensors alone are read of it",
+        )
+    )
 
 
 def _resolve(argument: SaeArgument, place: Place) -> ResolvedSae:

@@ -28,6 +28,7 @@ class Declaration:
     tensors: Mapping[str, str]  # our array → the tensor in the file, in any case of its letters
     accepted: str  # the layout, for messages
     turned: frozenset[str] = frozenset()  # our matrices that the file holds the other way round
+    scalars: frozenset[str] = frozenset()  # that `fold` takes or drops, of no size that the others have
     optional: Mapping[str, str] = field(default_factory=dict)  # arrays that `fold` takes where they are there
     sites: tuple[Site, ...] = ()  # more than one where its configuration has names of it that differ
     d_in: int | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from actstore.errors import InvalidInput, MissingInput, explain
 
-from . import gemma_scope, llama_scope, saelens, sparsify
+from . import dictionary_learning, gemma_scope, llama_scope, saelens, sparsify
 from .config import Config
 from .declaration import Declaration
 
@@ -22,6 +22,7 @@ class Format:
     weights: str
     config: str | None
     declare: Callable[[Config, str], Declaration]
+    pickled: bool = False  # read only where the user says so
 
     @property
     def files(self) -> str:
@@ -35,6 +36,7 @@ FORMATS = (
     Format("Gemma Scope 2", "params.safetensors", "config.json", gemma_scope.declare_second),
     Format("SAELens", "sae_weights.safetensors", "cfg.json", saelens.declare),
     Format("sparsify", "sae.safetensors", "cfg.json", sparsify.declare),
+    Format("dictionary_learning", "ae.pt", "config.json", dictionary_learning.declare, pickled=True),
     Format("Llama Scope", "checkpoints/final.safetensors", "hyperparams.json", llama_scope.declare),
 )
 

@@ -126,7 +126,8 @@ def _checked_shapes(resolved: ResolvedSae, weights: Weights[Any]) -> dict[str, t
     if not faults:
         shapes = {known[name.lower()]: header.shape for name, header in weights.headers.items()}
         shapes |= {ours: shapes[ours][::-1] for ours in declaration.turned}
-        faults = shape_faults(shapes) or _width_faults(resolved, shapes)
+        vectors = {ours: shape for ours, shape in shapes.items() if ours not in declaration.scalars}
+        faults = shape_faults(vectors) or _width_faults(resolved, shapes)
     if faults:
         raise Unreadable(faults)
     return shapes

@@ -119,7 +119,7 @@ def _not_read(what: str) -> UnsupportedFormat:
         explain(
             f"{what} is a format that is not read yet",
             accepted=_ACCEPTED,
-            next_step="convert it to safetensors: a pickle can run code when it is opened" if pickled else None,
+            next_step="convert it to safetensors" if pickled else None,
         )
     )
 

@@ -13,11 +13,12 @@ from typing import Any, Generic, TypeVar
 
 from .declaration import Arrays
 from .npz import ArrayHeader, read_arrays, read_headers
+from .pickled import PickledHeader, read_pickled, read_pickled_headers
 from .tensors import TensorHeader, read_tensor_headers, read_tensors
 
 __all__ = ["Weights", "open_weights"]
 
-Header = TypeVar("Header", ArrayHeader, TensorHeader)
+Header = TypeVar("Header", ArrayHeader, PickledHeader, TensorHeader)
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class Weights(Generic[Header]):
 
 @contextmanager
 def open_weights(file: io.BufferedReader, suffix: str) -> Iterator[Weights[Any]]:
-    """Read the headers of an open `.npz` or `.safetensors`; raises Unreadable or BadZipFile for what is neither."""
+    """Read the headers of an open `.npz`, `.pt` or `.safetensors`; raises Unreadable or BadZipFile for others."""
     n_bytes = os.fstat(file.fileno()).st_size
     if suffix == ".npz":
         with zipfile.ZipFile(file) as archive:
             yield Weights(read_headers(archive, n_bytes), partial(read_arrays, archive))
+    elif suffix == ".pt":
+        yield Weights(read_pickled_headers(file, n_bytes), partial(read_pickled, file))
     else:
         yield Weights(read_tensor_headers(file, n_bytes), partial(read_tensors, file))
