@@ -26,12 +26,12 @@ N_ROWS = 4096
 
 INTRODUCTION = """# The proof of SAEs, tried on purpose
 
-Written by `python tools/make_health.py`: the SAEs of the embedded world on {n_rows} plain rows, read rightly and wrongly.
-A run stops where the FVU at the declared site exceeds 1, or another site of its width within one layer explains it more
-than 5 % better. FVU = Σ‖x − x̂‖² / Σ‖x − mean‖², the mean per dimension (Gemma Scope's definition).
+Written by `python tools/make_health.py`: the SAEs of the embedded world on {n_rows} plain rows, read rightly and
+wrongly. A run stops where the FVU at the declared site exceeds 1, or another site of its width within one layer
+explains it more than 5 % better. FVU = Σ‖x − x̂‖² / Σ‖x − mean‖², the mean per dimension (Gemma Scope's definition).
 
-Every wrong site is refused. What the rule cannot see is a mistake that is the same at every site and leaves the right one
-the best: `b_dec` subtracted before the encoder raises the FVU four- to ninefold and is accepted, because these SAEs
+Every wrong site is refused. What the rule cannot see is a mistake that is the same at every site and leaves the right
+one the best: `b_dec` subtracted before the encoder raises the FVU four- to ninefold and is accepted, because these SAEs
 declare no FVU to compare with; thresholds rounded to float16 change nothing that matters. So encoders take the equation
 from the format, never from a guess.
 """
