@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from store_support import hashes
 from tiny_world import RESIDUAL_SAE, extract, tiny_world
 
 import actstore
@@ -220,3 +221,18 @@ def test_a_store_of_a_dead_first_run_is_made_anew(tmp_path: Path) -> None:
         extract(tmp_path / "a.act", dataset=[""])
     extract(tmp_path / "a.act", context=16)
     assert StoreWriter.open(tmp_path / "a.act").store.context == 16
+
+
+def test_a_store_made_in_two_steps_equals_the_one_made_in_one(tmp_path: Path) -> None:
+    world = tiny_world()
+    both: dict[str, Any] = {"sites": ["resid_post.1", "z.0"], "saes": [world.residual_sae, world.attention_sae]}
+    extract(tmp_path / "one.act", **both)
+    extract(tmp_path / "two.act")
+    second: dict[str, Any] = {"dataset": None, "into": True, "lens_k": 0, "lens_sites": []}
+    extract(tmp_path / "two.act", sites=["z.0"], saes=[world.attention_sae], **second)
+    for folder in ("arrays", "firings", "kit"):
+        assert hashes(tmp_path / "one.act" / folder) == hashes(tmp_path / "two.act" / folder)
+    with actstore.open(tmp_path / "one.act") as one, actstore.open(tmp_path / "two.act") as two:
+        for table in ("tokens", "documents", "predictions", "activations", "features", "examples", "feature_logits"):
+            ordered = f"SELECT * FROM {table} ORDER BY ALL"
+            assert one.sql(ordered).arrow().equals(two.sql(ordered).arrow()), table
