@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import actstore
 from actstore.blocks import TOKEN_FIELDS
+from actstore.errors import InvalidInput
 
 TEXTS = ["the cat on a hat", "then not that boat", "a"]
 
@@ -24,6 +25,15 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def test_windows_longer_than_learned_positions_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    model = CASES["gpt_2"].model()
+    limit = model.config.n_positions
+    with pytest.raises(InvalidInput, match=rf"longer than the {limit} positions.*--context {limit} or less"):
+        options = {"tokenizer": word_tokenizer(), "out": tmp_path / "a.act", "sites": ["resid_post.0"]}
+        actstore.extract(model, TEXTS, context=limit + 1, shard_rows=4096, **options)
+    assert not (tmp_path / "a.act").exists()
 
 
 @pytest.mark.parametrize("name", CASES)

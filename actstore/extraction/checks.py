@@ -15,7 +15,7 @@ from actstore.store import StoreFile, StoreWriter
 from .identity import lens_sites
 from .request import Request
 
-__all__ = ["check_sites", "check_target", "check_tokenizer", "check_window"]
+__all__ = ["check_context", "check_sites", "check_target", "check_tokenizer", "check_window"]
 
 
 def check_target(request: Request) -> None:
@@ -56,6 +56,19 @@ def check_sites(request: Request, model: LoadedModel, coders: Sequence[SparseCod
             raise unknown_name("site", coder.identity.site, existing, next_step="is this SAE for another model?")
         check_width(coder, model.site_width(parse_site(coder.identity.site)))
         report(f"SAE {coder.identity.sae}: {coder.d_sae} features of {coder.identity.site}", 0, None, "")
+
+
+def check_context(request: Request, model: LoadedModel | ModelDescription) -> None:
+    """Raise InvalidInput where a new store's windows are longer than the model has positions."""
+    limit, context = model.facts.max_positions, request.window.context
+    is_new = not (request.out / "store.json").exists()
+    if is_new and limit is not None and context > limit:
+        raise InvalidInput(
+            explain(
+                f"Windows of {context} tokens are longer than the {limit} positions of {model.facts.name}",
+                accepted=f"--context {limit} or less",
+            )
+        )
 
 
 def check_tokenizer(tokenizer: TokenizerHandle, model: LoadedModel | ModelDescription) -> None:

@@ -10,7 +10,7 @@ from actstore.recipe import CorpusIdentity, ModelIdentity, Recipe, SaeIdentity
 from actstore.saes import ResolvedSae, expand_sae_arguments, sae_sizes
 from actstore.store import Layout, StoreReader
 
-from .checks import check_tokenizer
+from .checks import check_context, check_tokenizer
 from .corpus import count_rows
 from .identity import make_recipe
 from .kit import kit_bytes
@@ -28,6 +28,7 @@ def plan_extraction(request: Request, report: Report = silent) -> Plan:
     model = describe_model(request.model, revision=request.revision)
     tokenizer = tokenizer_of(request)
     check_tokenizer(tokenizer, model)
+    check_context(request, model)
     if request.into or (request.dataset is None and request.append is None):
         return _plan_over_stored(request, model, tokenizer)
     window = request.window

@@ -11,7 +11,7 @@ from actstore.progress import Report, silent
 from actstore.saes import SaeEncoder, expand_sae_arguments, load_sae
 from actstore.store import Journal, PassWriter, StoreReader, StoreWriter, exclusive
 
-from .checks import check_sites, check_target, check_tokenizer
+from .checks import check_context, check_sites, check_target, check_tokenizer
 from .identity import pass_id_of
 from .opening import Opening
 from .planning import tokenizer_of
@@ -48,6 +48,7 @@ def extract(request: Request, report: Report = silent) -> Outcome:
     coders = [load_sae(one) for one in expand_sae_arguments(request.saes, allow_pt=request.allow_pt)]
     model = load_model(request.model, revision=request.revision, dtype=request.dtype, device=request.device)
     check_sites(request, model, coders, report)
+    check_context(request, model)
     tokenizer = tokenizer_of(request)
     check_tokenizer(tokenizer, model)
     opening = Opening(request, model, tokenizer, [SaeEncoder(coder, model.device) for coder in coders], report)
