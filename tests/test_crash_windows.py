@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,9 @@ def test_a_store_whose_extraction_never_began_verifies_and_resumes(tmp_path: Pat
 def test_a_drop_that_dies_before_the_files_are_gone_leaves_orphans_for_gc(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(path: object) -> None:
-        raise Killed
+    def die(path: object, ignore_errors: bool = False) -> None:
+        if not ignore_errors:  # claims of the dead, which are none
+            raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr("actstore.store.writer.shutil.rmtree", die)
@@ -119,6 +121,27 @@ def test_a_drop_that_dies_before_the_files_are_gone_leaves_orphans_for_gc(
     extract(store, saes=[tiny_world().residual_sae], with_index=False, **SECOND)
 
     assert truth(store) == truth(finished())
+
+
+def test_a_drop_of_a_whole_pass_that_dies_does_not_leave_receipts_to_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone: dict[str, Any] = {"saes": [], "lens_k": 0, "lens_sites": [], "predictions": False, "with_index": False}
+    extract(tmp_path / "s", **alone)
+    complete = truth(tmp_path / "s")
+
+    def die(path: Path, ignore_errors: bool = False) -> None:
+        remove(path, ignore_errors=ignore_errors)
+        if not ignore_errors:
+            raise Killed  # arrays are gone, the pass's manifests are not
+
+    remove = shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr("actstore.store.writer.shutil.rmtree", die)
+        with pytest.raises(Killed):
+            maintenance.drop(tmp_path / "s", "resid_post.1")
+    assert extract(tmp_path / "s", **alone).n_shards_made > 1
+    assert truth(tmp_path / "s") == complete and maintenance.verify(tmp_path / "s").ok
 
 
 def test_labels_survive_a_death_while_they_are_written(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
