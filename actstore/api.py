@@ -192,7 +192,7 @@ class Store:
                 raise unknown_name(f"stored {'SAE' if kind == 'sae' else 'site'}", value, known, next_step=next_step)
 
     def connect(self) -> duckdb.DuckDBPyConnection:
-        """Return an ordinary DuckDB connection with the store's tables and functions, for JupySQL, marimo and others.
+        """Return an ordinary DuckDB connection with the store's tables and functions, for tools that want one.
 
         It is yours: it may read and write files. The store itself is attached read-only.
         """

@@ -55,7 +55,7 @@ Examples:
 @click.option("--encode-special", is_flag=True, help="List firings of BOS and other special tokens too.")
 @click.option("--shard-rows", type=int, help="Rows of a shard [16384].")
 @click.option("--batch-tokens", type=int, help="Padded tokens of a forward pass at most [8192].")
-@click.option("--mixed", is_flag=True, help="Allow resuming on another type of device; recorded.")
+@click.option("--mixed", is_flag=True, help="Allow resuming on another type of device; receipts say which.")
 @click.option("--allow-unhealthy", is_flag=True, help="Store an SAE that fails its proof; recorded.")
 @click.option("--allow-pt", is_flag=True, help="Read SAEs from .pt files too (torch.load, weights only).")
 @click.option("--force", is_flag=True, help="Go on though the disk may not suffice.")

@@ -161,6 +161,17 @@ def test_a_further_pass_can_be_planned_without_a_dataset(tmp_path: Path) -> None
     assert [size.artifact for size in plan.artifacts] == ["sites/z.0"]
 
 
+def test_appending_can_be_planned(tmp_path: Path) -> None:
+    out = tmp_path / "a.act"
+    extract(out)
+    before = StoreReader(out).layout
+    plan = plan_extraction(request(out, dataset=None, append=str(tiny_world().more)))
+    extract(out, append=str(tiny_world().more))
+    after = StoreReader(out).layout
+    assert (plan.n_documents, plan.n_rows) == (after.n_docs - before.n_docs, after.n_rows - before.n_rows)
+    assert plan.n_shards == after.n_shards - before.n_shards
+
+
 def test_the_model_is_proved_again_where_a_pass_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proved: list[int] = []
     out = tmp_path / "a.act"

@@ -80,10 +80,11 @@ def store_segment(
 def count_rows(
     request: Request, tokenizer: TokenizerHandle, window: Window, shard_rows: int, report: Report
 ) -> tuple[int, int, int]:
-    """Return how many documents, rows and shards a dataset makes, without storing anything."""
+    """Return how many documents, rows and shards the dataset, or what is to be appended, makes; stores nothing."""
+    dataset = request.dataset if request.append is None else request.append
     watch = _Watch(report, "counting tokens", request.max_tokens)
     batches = lay_out(
-        _documents(request, request.dataset), tokenizer, window, shard_rows=shard_rows, max_tokens=request.max_tokens
+        _documents(request, dataset), tokenizer, window, shard_rows=shard_rows, max_tokens=request.max_tokens
     )
     for _ in watch.batches(batches):
         pass

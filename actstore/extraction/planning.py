@@ -31,8 +31,10 @@ def plan_extraction(request: Request, report: Report = silent) -> Plan:
     check_context(request, model)
     if request.into or (request.dataset is None and request.append is None):
         return _plan_over_stored(request, model, tokenizer)
-    window = request.window
-    shard_rows = request.shard_rows or DEFAULT_SHARD_ROWS
+    window, shard_rows = request.window, request.shard_rows or DEFAULT_SHARD_ROWS
+    if request.append is not None:
+        store = StoreReader(request.out).store
+        window, shard_rows = Window(store.context, store.stride), store.shard_rows
     recipe = _draft(request, model, tokenizer, window, shard_rows, Layout())
     n_documents, n_rows, n_shards = count_rows(request, tokenizer, window, shard_rows, report)
     return estimate_of(request, model, recipe, n_documents, n_rows, n_shards, with_corpus=True)

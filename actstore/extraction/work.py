@@ -100,6 +100,6 @@ def _refuse_other_device(passing: PassWriter, reader: StoreReader, device_type: 
                 explain(
                     f"The pass was begun on {began}, this run is on {device_type}: the numbers would differ slightly",
                     accepted=f"--device {began}",
-                    next_step="resume there, or add --mixed, which every receipt then records",
+                    next_step="resume there, or add --mixed; each receipt says which device made its shard",
                 )
             )
