@@ -53,6 +53,8 @@ class SaeIdentity:
     neuronpedia_id: str | None = None
     revision: str | None = None
     declared_l0: float | None = None
+    write_site: str | None = None  # the site that a transcoder reconstructs; None: the one it reads
+    truncated_to: int | None = None  # firings of a row that are kept at most (neurons); None: all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +75,15 @@ class Recipe:
     tile_rows: int = 1024  # rows that an SAE encodes at once; part of identity because sums depend on it
     attention_implementation: str = "eager"
     intervention: None = None
+    attention_top: int = 0  # keys kept of every (layer, head, row); 0: no attention
+    attention_min: float = 0.005  # edges of less weight stay out of the index
 
     def __post_init__(self) -> None:
         for name, value in (("compute", self.compute_dtype), ("storage", self.storage_dtype)):
             if value not in COMPUTE_DTYPES:
                 accepted = ", ".join(COMPUTE_DTYPES)
                 raise InvalidInput(explain(f"The {name} dtype {value!r} is not known", accepted=accepted))
-        if not (self.sites or self.saes or self.lens_sites):
+        if not (self.sites or self.saes or self.lens_sites or self.attention_top):
             raise InvalidInput(NOTHING_ASKED)
         ids = [coder.sae for coder in self.saes]
         if twice := {sae for sae in ids if ids.count(sae) > 1}:
@@ -101,9 +105,13 @@ class Recipe:
         return digest_of({**body, "model": {key: body["model"][key] for key in body["model"] if key != "name"}})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the recipe as plain JSON values."""
+        """Return the recipe as plain JSON values; fields that came later are left out where they say nothing.
+
+        So a recipe that could be asked before they came has the digest that it had then.
+        """
         body: dict[str, Any] = _plain(asdict(self))
-        return body
+        saes = [_without_later(coder, SaeIdentity) for coder in body["saes"]]
+        return {**_without_later(body, Recipe), "saes": saes}
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Self:
@@ -119,6 +127,18 @@ class Recipe:
         """Return the fields that differ, `{"corpus.context": (self's, other's)}`."""
         mine, theirs = _flat(self.to_json()), _flat(other.to_json())
         return {key: (mine.get(key), theirs.get(key)) for key in mine | theirs if mine.get(key) != theirs.get(key)}
+
+
+_LATER = {
+    SaeIdentity: ("write_site", "truncated_to"),
+    Recipe: ("attention_top", "attention_min"),
+}
+
+
+def _without_later(body: Mapping[str, Any], of: type[SaeIdentity] | type[Recipe]) -> dict[str, Any]:
+    """Return a body without the fields that were added to format 1 later and have their default value."""
+    defaults = {one.name: one.default for one in fields(of)}
+    return {key: value for key, value in body.items() if key not in _LATER[of] or value != defaults[key]}
 
 
 def _plain(value: Any) -> Any:

@@ -71,7 +71,7 @@ def write_feature_logits(root: Path, model: LoadedModel, encoders: Sequence[SaeE
         token_ids, logits = found
         axes = ("feature", "rank")
         data = encode_bundle({"token_ids": (token_ids, axes), "logits": (logits, axes)}, {"n_top": TOP_TOKENS})
-        name = f"firings/{encoder.coder.identity.sae}/feature_logits.zip"
+        name = f"firings/{encoder.identity.sae}/feature_logits.zip"
         proofs[name] = prove_and_write(root, name, data, None)
     return proofs
 
@@ -112,7 +112,7 @@ def _directions(model: LoadedModel, encoder: SaeEncoder) -> torch.Tensor | None:
     """Return what each feature writes into the residual stream: float32 (feature, d_model); None where it does not."""
     import torch
 
-    site = parse_site(encoder.coder.identity.site)
+    site = parse_site(encoder.identity.site)
     directions = torch.from_numpy(encoder.coder.w_dec).to(model.device)
     if site.kind in WRITTEN_AS_THEY_ARE:
         return directions

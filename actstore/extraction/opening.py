@@ -88,7 +88,7 @@ class Opening:
             max_tokens = stored_max if request.append is not None else request.max_tokens
             digest = digest_of_dataset(request, request.dataset, first.n_docs, cut=stored_max is not None)
         corpus = identity.corpus_identity(writer.store, self.tokenizer, digest, max_tokens)
-        saes = [encoder.coder.identity for encoder in self.encoders]
+        saes = [encoder.identity for encoder in self.encoders]
         recipe = identity.make_recipe(
             request, self.model, self.model.identity, self.model.dtype, saes, corpus, writer.layout
         )

@@ -48,10 +48,10 @@ def prove_saes(
     # A layer at a time: the rivals of all layers together could be larger than the device.
     for layer in sorted({_own(encoder).depth[0] for encoder in encoders}):
         here = [encoder for encoder in encoders if _own(encoder).depth[0] == layer]
-        rivals = {encoder.coder.identity.sae: _rivals(model, encoder) for encoder in here}
+        rivals = {encoder.identity.sae: _rivals(model, encoder) for encoder in here}
         rows = _plain_rows(model, recipe, pieces, {site for sites in rivals.values() for site in sites}, batch_tokens)
         for encoder in here:
-            candidates = {site: rows[site] for site in rivals[encoder.coder.identity.sae]}
+            candidates = {site: rows[site] for site in rivals[encoder.identity.sae]}
             checks += sae_health(encoder, candidates[_own(encoder)]) + compete(encoder, candidates)
     failed = [check for check in checks if check.ok is False and check.name in STOPS]
     if failed and not allow_unhealthy:
@@ -60,7 +60,7 @@ def prove_saes(
 
 
 def _own(encoder: SaeEncoder) -> Site:
-    return parse_site(encoder.coder.identity.site)
+    return parse_site(encoder.identity.site)
 
 
 def _plain_rows(
@@ -81,7 +81,7 @@ def _plain_rows(
 
 def _rivals(model: LoadedModel, encoder: SaeEncoder) -> list[Site]:
     """Return the SAE's own site and every other of its width within one layer."""
-    own = parse_site(encoder.coder.identity.site)
+    own = parse_site(encoder.identity.site)
     return [site for site in model.sites() if model.site_width(site) == encoder.coder.d_in and _near(site, own)]
 
 

@@ -49,7 +49,7 @@ class ShardRunner:
     def captured(self) -> tuple[Site, ...]:
         """Return every site that the recipe needs from the model, in forward order."""
         wanted = {parse_site(name) for name in (*self.recipe.sites, *self.recipe.lens_sites)}
-        wanted |= {parse_site(encoder.coder.identity.site) for encoder in self.encoders}
+        wanted |= {parse_site(encoder.identity.site) for encoder in self.encoders}
         if self.reads_out:
             wanted.add(self.last_residual)
         return tuple(sorted(wanted, key=lambda site: site.depth))
@@ -75,7 +75,7 @@ class ShardRunner:
         matrices = {f"sites/{name}": self._stored(parse_site(name)) for name in self.recipe.sites}
         firings = {}
         for encoder in self.encoders:
-            sae = encoder.coder.identity.sae
+            sae = encoder.identity.sae
             firings[sae], matrices[f"reconstruction/{sae}"] = self._encode(encoder, shard)
         if self.reads_out:
             matrices |= self._read_out(shard)
@@ -148,7 +148,7 @@ class ShardRunner:
         """Encode a shard in tiles of `recipe.tile_rows`; tiles of nothing but filler are left out."""
         import torch
 
-        values = self._buffers[parse_site(encoder.coder.identity.site)]
+        values = self._buffers[parse_site(encoder.identity.site)]
         listed = shard.column("token_id") >= 0
         if not self.recipe.encode_special:
             listed = listed & (shard.column("flags") & 1 == 0)

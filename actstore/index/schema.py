@@ -78,6 +78,8 @@ TABLES: Mapping[str, Columns] = {
         "sha256": "VARCHAR",
         "d_in": "INTEGER",
         "declared_l0": "DOUBLE",
+        "write_site": "VARCHAR",
+        "truncated_to": "INTEGER",
         "pass": "VARCHAR",
     },
     "predictions": {

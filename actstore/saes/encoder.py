@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.errors import InvalidInput, explain
+from actstore.recipe import SaeIdentity
 
 from .coder import SparseCoder
 from .rules import RowScale, keep_largest, scale_of
@@ -54,6 +55,11 @@ class SaeEncoder:
             torch.tensor(array, device=self.device)
             for array in (coder.w_enc, coder.w_dec, coder.b_enc, coder.b_dec, coder.threshold)
         )
+
+    @property
+    def identity(self) -> SaeIdentity:
+        """Which sparse coder this is."""
+        return self.coder.identity
 
     def encode(self, rows: torch.Tensor, listed: torch.Tensor | None = None) -> EncodedTile:
         """Encode one tile: rows (row, d_in) of any float dtype on the device.

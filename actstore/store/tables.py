@@ -100,6 +100,8 @@ def _saes(pass_id: str, made: PassFile, layout: Layout) -> list[dict[str, Any]]:
             "revision": coder["revision"],
             "sha256": coder["weights_digest"],
             "declared_l0": coder["declared_l0"],
+            "write_site": coder.get("write_site"),
+            "truncated_to": coder.get("truncated_to"),
             "pass": pass_id,
         }
         for coder in made.recipe["saes"]
