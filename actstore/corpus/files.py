@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from actstore.errors import InvalidInput, UnsupportedFormat, explain
 
-from .document import Document, document_from
+from .document import Document, MakeDocument
 from .optional import require
 
 __all__ = ["SUFFIXES", "read_folder", "read_one_file", "read_stream"]
@@ -22,7 +22,7 @@ _PARQUET_ROWS = 256  # rows decoded at once; a row may hold a whole book
 _JSON_LINES_EXAMPLE = 'one JSON object a line, such as {"text": "…", "source": "…"}'
 
 
-def read_folder(folder: Path, text_field: str) -> Iterator[Document]:
+def read_folder(folder: Path, make: MakeDocument) -> Iterator[Document]:
     """Yield the documents of every readable file below `folder`, in order of their relative names.
 
     The relative name becomes the metadata field `file`, unless the data has a field of that name. Names that begin
@@ -37,10 +37,10 @@ def read_folder(folder: Path, text_field: str) -> Iterator[Document]:
                 next_step="check the folder, or give one file",
             )
         )
-    return chain.from_iterable(_with_file_name(path, folder, text_field) for path in files)
+    return chain.from_iterable(_with_file_name(path, folder, make) for path in files)
 
 
-def read_one_file(path: Path, text_field: str) -> Iterator[Document]:
+def read_one_file(path: Path, make: MakeDocument) -> Iterator[Document]:
     """Return the documents of one file, by its suffix; raises UnsupportedFormat for other suffixes."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -51,10 +51,10 @@ def read_one_file(path: Path, text_field: str) -> Iterator[Document]:
                 next_step="convert it to .jsonl, one JSON object a line",
             )
         )
-    return reader(path, text_field)
+    return reader(path, make)
 
 
-def read_stream(stream: IO[bytes], name: str, text_field: str) -> Iterator[Document]:
+def read_stream(stream: IO[bytes], name: str, make: MakeDocument) -> Iterator[Document]:
     """Yield the documents of a byte stream that has no suffix.
 
     JSON lines where the first character that is not blank is `{`; else all of it is one plain text document.
@@ -69,9 +69,9 @@ def read_stream(stream: IO[bytes], name: str, text_field: str) -> Iterator[Docum
         return
     lines = chain(head, stream)
     if head[-1].removeprefix(_UTF8_BOM).lstrip().startswith(b"{"):
-        yield from _json_lines(lines, name, text_field)
+        yield from _json_lines(lines, name, make)
     else:
-        yield document_from(_decode(b"".join(lines), name, 1), name, text_field)
+        yield make(_decode(b"".join(lines), name, 1), name)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -81,24 +81,24 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from (path for path in paths if path.suffix.lower() in SUFFIXES)
 
 
-def _with_file_name(path: Path, folder: Path, text_field: str) -> Iterator[Document]:
+def _with_file_name(path: Path, folder: Path, make: MakeDocument) -> Iterator[Document]:
     # A file name may hold bytes that are not UTF-8; Python shows these as surrogates.
     name = os.fsencode(path.relative_to(folder).as_posix()).decode(errors="replace")
-    for document in read_one_file(path, text_field):
+    for document in read_one_file(path, make):
         yield replace(document, metadata={"file": name, **document.metadata})
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
+def _read_jsonl(path: Path, make: MakeDocument) -> Iterator[Document]:
     with path.open("rb") as lines:
-        yield from _json_lines(lines, str(path), text_field)
+        yield from _json_lines(lines, str(path), make)
 
 
-def _json_lines(lines: Iterable[bytes], name: str, text_field: str) -> Iterator[Document]:
+def _json_lines(lines: Iterable[bytes], name: str, make: MakeDocument) -> Iterator[Document]:
     for number, line in enumerate(lines, start=1):
         text = _decode(line, name, number)
         if text.strip():
             where = f"{name}, line {number},"
-            yield document_from(_json_object(text, where), where, text_field)
+            yield make(_json_object(text, where), where)
 
 
 def _json_object(text: str, where: str) -> dict[str, Any]:
@@ -117,8 +117,8 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _read_txt(path: Path, text_field: str) -> Iterator[Document]:
-    yield document_from(_decode(path.read_bytes(), str(path), 1), str(path), text_field)
+def _read_txt(path: Path, make: MakeDocument) -> Iterator[Document]:
+    yield make(_decode(path.read_bytes(), str(path), 1), str(path))
 
 
 def _decode(data: bytes, name: str, first_line: int) -> str:
@@ -138,7 +138,7 @@ def _decode(data: bytes, name: str, first_line: int) -> str:
         ) from error
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
+def _read_parquet(path: Path, make: MakeDocument) -> Iterator[Document]:
     parquet = require("pyarrow.parquet", "Reading a .parquet file")
     first_row = 1
     with path.open("rb") as file:
@@ -146,7 +146,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
             columns = {name: _plain_values(batch.column(i)) for i, name in enumerate(batch.schema.names)}
             for offset in range(batch.num_rows):
                 item = {name: values[offset] for name, values in columns.items()}
-                yield document_from(item, f"{path}, row {first_row + offset},", text_field)
+                yield make(item, f"{path}, row {first_row + offset},")
             first_row += batch.num_rows
 
 
@@ -183,7 +183,7 @@ def _plain_value(scalar: Any) -> Any:
         return None
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Path, MakeDocument], Iterator[Document]]] = {
     ".jsonl": _read_jsonl,
     ".txt": _read_txt,
     ".parquet": _read_parquet,

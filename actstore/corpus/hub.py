@@ -10,7 +10,7 @@ from typing import Any
 
 from actstore.errors import ActstoreError, InvalidInput, MissingInput, explain
 
-from .document import Document, document_from
+from .document import Document, MakeDocument
 from .optional import require
 
 __all__ = ["is_loaded_dataset", "is_saved_dataset", "open_hub_dataset", "open_saved_dataset", "read_dataset"]
@@ -49,14 +49,14 @@ def open_hub_dataset(name: str, *, config: str | None, split: str | None, stream
         return datasets.load_dataset(name, name=config, split=split, streaming=streaming, revision=revision)
 
 
-def read_dataset(dataset: Any, name: str, split: str | None, text_field: str) -> Iterator[Document]:
+def read_dataset(dataset: Any, name: str, split: str | None, make: MakeDocument) -> Iterator[Document]:
     """Return the documents of a dataset or of one of its splits.
 
     Without `split` the only one is read, or `train`. Raises InvalidInput where that does not decide.
     """
     if isinstance(dataset, dict):
-        return _documents(_chosen_split(dataset, name, split), name, text_field)
-    return _documents(dataset, name, text_field)
+        return _documents(_chosen_split(dataset, name, split), name, make)
+    return _documents(dataset, name, make)
 
 
 def _chosen_split(splits: dict[str, Any], name: str, split: str | None) -> Any:
@@ -72,10 +72,10 @@ def _chosen_split(splits: dict[str, Any], name: str, split: str | None) -> Any:
     )
 
 
-def _documents(dataset: Any, name: str, text_field: str) -> Iterator[Document]:
+def _documents(dataset: Any, name: str, make: MakeDocument) -> Iterator[Document]:
     with _translated(name):
         for number, item in enumerate(_plain_values(dataset), start=1):
-            yield document_from(item, f"{name}, document {number},", text_field)
+            yield make(item, f"{name}, document {number},")
 
 
 def _plain_values(dataset: Any) -> Any:

@@ -12,7 +12,8 @@ from actstore.blocks import TokenShard
 from actstore.errors import InvalidInput, explain
 from actstore.sealed import canonical_json
 
-from .document import Document
+from .document import Document, MessageSpan
+from .message_tokens import Roles, mark_messages
 from .packing import ShardPacker
 from .rows import sequence_rows, token_rows
 from .tokenizer import EncodedTexts, TokenizerHandle
@@ -32,6 +33,7 @@ class DocumentRow:
     metadata: str  # canonical JSON of one object
     n_tokens: int  # text tokens; 0 for a document without sequences
     n_replaced: int
+    messages: tuple[MessageSpan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,20 @@ def lay_out(
     first_seq: int = 0,
     first_shard: int = 0,
     max_tokens: int | None = None,
+    roles: Roles | None = None,
     batch_documents: int = 256,
 ) -> Iterator[CorpusBatch]:
     """Tokenise documents, cut them into windows that each begin with BOS, and pack these into shards.
 
     Yields batches as they are ready; the last one holds the last shard, padded with filler. `max_tokens` counts
     rows, BOS included: the document that reaches it is the last one, and whole. Memory depends on `shard_rows` and
-    the longest document, not on their number; rows do not depend on `batch_documents`.
+    the longest document, not on their number; rows do not depend on `batch_documents`. `roles` gets the roles of chats.
     Raises InvalidInput where a window is longer than a shard or windows leave gaps, and where no document has a token.
     """
     # Asked here so that a stride that leaves gaps is refused before the first document is read.
     window.text_stride(has_bos=tokenizer.bos_id is not None)
     _check(window, shard_rows, max_tokens, batch_documents)
-    layout = _Layout(tokenizer, window, ShardPacker(shard_rows, first_shard), doc=first_doc, seq=first_seq)
+    layout = _Layout(tokenizer, window, ShardPacker(shard_rows, first_shard), roles or Roles(), first_doc, first_seq)
     return layout.run(_batches(documents, batch_documents), max_tokens)
 
 
@@ -79,6 +82,7 @@ class _Layout:
     tokenizer: TokenizerHandle
     window: Window
     packer: ShardPacker
+    roles: Roles
     doc: int
     seq: int
     n_rows: int = 0
@@ -89,7 +93,8 @@ class _Layout:
 
     def run(self, batches: Iterator[list[Document]], max_tokens: int | None) -> Iterator[CorpusBatch]:
         for documents in batches:
-            encoded = self.tokenizer.encode([document.text for document in documents])
+            texts = self.tokenizer.encode([document.text for document in documents])
+            encoded = mark_messages(texts, documents, self.tokenizer, self.roles)
             if max_tokens is not None:
                 encoded = encoded.first(self._n_allowed(encoded, max_tokens - self.n_rows))
             yield self._batch(documents[: len(encoded.n_tokens)], encoded)
@@ -104,12 +109,12 @@ class _Layout:
         """Return how many documents there are up to and with the one that uses up `rows_left`."""
         cuts = self.window.cut(encoded.n_tokens, has_bos=self.has_bos)
         rows = np.zeros(len(encoded.n_tokens), dtype=np.int64)
-        np.add.at(rows, cuts.document, cuts.n_text + int(self.has_bos))
+        np.add.at(rows, cuts.document, cuts.n_text + encoded.n_bos[cuts.document])
         return int(np.searchsorted(np.cumsum(rows), rows_left, side="left")) + 1
 
     def _batch(self, documents: Sequence[Document], encoded: EncodedTexts) -> CorpusBatch:
         cuts = self.window.cut(encoded.n_tokens, has_bos=self.has_bos)
-        n_tokens = cuts.n_text + int(self.has_bos)
+        n_tokens = cuts.n_text + encoded.n_bos[cuts.document]
         first_rows = self.packer.place(n_tokens)
         values = token_rows(encoded, cuts, self.tokenizer, self.seq)
         shards = self.packer.add(sequence_rows(first_rows, n_tokens), values)
@@ -123,7 +128,7 @@ class _Layout:
 
 def _document_row(document: Document, n_tokens: int) -> DocumentRow:
     metadata = canonical_json(dict(document.metadata)).decode()
-    return DocumentRow(document.text, metadata, n_tokens, document.n_replaced)
+    return DocumentRow(document.text, metadata, n_tokens, document.n_replaced, document.messages)
 
 
 def _batches(documents: Iterable[Document], batch_documents: int) -> Iterator[list[Document]]:

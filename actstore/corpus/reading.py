@@ -6,13 +6,15 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from actstore.errors import InvalidInput, MissingInput, explain
 
-from .document import Document, document_from
+from .chat import Chats
+from .document import Document, MakeDocument, document_from
 from .files import SUFFIXES, read_folder, read_one_file, read_stream
 from .hub import is_loaded_dataset, is_saved_dataset, open_hub_dataset, open_saved_dataset, read_dataset
 
@@ -26,6 +28,7 @@ def read_documents(
     source: Any,
     *,
     text_field: str = "text",
+    chats: Chats | None = None,
     config: str | None = None,
     split: str | None = None,
     streaming: bool = True,
@@ -41,43 +44,46 @@ def read_documents(
     - a folder written by `save_to_disk`, a `datasets` object, or a hub id `owner/name`
       (`config`, `split`, `streaming`, `revision` apply; without `split`: the only one, or `train`);
     - an iterable of texts, mappings or Documents.
+    With `chats` each item is a chat: an object with the field that they name, or in an iterable the messages
+    themselves; its text is what the template makes of it (`text_field` is not asked then).
 
     Lone surrogates become U+FFFD and are counted; metadata that is not JSON becomes text or null.
     Raises MissingInput where nothing is there, MissingDependency for an optional library, InvalidInput (with file
     and line, from 1) for what cannot be read and for a source without documents.
     """
+    make = partial(document_from, text_field=text_field) if chats is None else chats.document
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
-        documents = _read_named(name, text_field, config, split, streaming, revision)
+        documents = _read_named(name, make, config, split, streaming, revision)
     elif is_loaded_dataset(source):
         name = "The dataset"
         _refuse(name, config=config, revision=revision, **({} if isinstance(source, dict) else {"split": split}))
-        documents = read_dataset(source, name, split, text_field)
+        documents = read_dataset(source, name, split, make)
     else:
         name = "The source"
         _refuse(name, config=config, split=split, revision=revision)
-        documents = _read_iterable(source, text_field)
+        documents = _read_iterable(source, make)
     return _at_least_one(documents, "Standard input" if name == "-" else name)
 
 
 def _read_named(
-    name: str, text_field: str, config: str | None, split: str | None, streaming: bool, revision: str | None
+    name: str, make: MakeDocument, config: str | None, split: str | None, streaming: bool, revision: str | None
 ) -> Iterator[Document]:
     path = Path(name).expanduser()
     if name != "-" and not path.exists():
         if not _is_hub_name(name):
             raise _missing(name)
         dataset = open_hub_dataset(name, config=config, split=split, streaming=streaming, revision=revision)
-        return read_dataset(dataset, name, split, text_field)
+        return read_dataset(dataset, name, split, make)
     _refuse(name, config=config, revision=revision)
     if path.is_dir() and is_saved_dataset(path):
         dataset = open_saved_dataset(path)
         _refuse(name, **({} if isinstance(dataset, dict) else {"split": split}))
-        return read_dataset(dataset, name, split, text_field)
+        return read_dataset(dataset, name, split, make)
     _refuse(name, split=split)
     if name == "-":
-        return read_stream(sys.stdin.buffer, "standard input", text_field)
-    return read_folder(path, text_field) if path.is_dir() else read_one_file(path, text_field)
+        return read_stream(sys.stdin.buffer, "standard input", make)
+    return read_folder(path, make) if path.is_dir() else read_one_file(path, make)
 
 
 def _is_hub_name(name: str) -> bool:
@@ -102,16 +108,16 @@ def _refuse(name: str, **options: str | None) -> None:
         )
 
 
-def _read_iterable(source: Any, text_field: str) -> Iterator[Document]:
+def _read_iterable(source: Any, make: MakeDocument) -> Iterator[Document]:
     if isinstance(source, (Mapping, bytes, Document)) or not isinstance(source, Iterable):
         raise InvalidInput(
             explain(
                 f"A value of type {type(source).__name__} is not a dataset",
-                accepted=f"{_ACCEPTED}, a datasets object, a list of texts or of dicts",
+                accepted=f"{_ACCEPTED}, a datasets object, a list of texts, dicts or chats",
                 next_step="put a single document into a list",
             )
         )
-    return (document_from(item, f"Document {number}", text_field) for number, item in enumerate(source, start=1))
+    return (make(item, f"Document {number}") for number, item in enumerate(source, start=1))
 
 
 def _at_least_one(documents: Iterator[Document], name: str) -> Iterator[Document]:

@@ -7,12 +7,12 @@ import numpy.typing as npt
 
 from actstore.blocks import FLAG_REPEAT, FLAG_SPECIAL, TOKEN_FIELDS
 
-from .tokenizer import EncodedTexts, TokenizerHandle
+from .tokenizer import NO_ROLE, EncodedTexts, TokenizerHandle
 from .window import Cuts
 
 __all__ = ["sequence_rows", "token_rows"]
 
-NO_ROLE = -1
+NO_TOKEN = -1  # stands where no row has it: without a BOS every row is text
 
 
 def sequence_rows(first_rows: npt.NDArray[np.int64], n_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -25,24 +25,26 @@ def token_rows(encoded: EncodedTexts, cuts: Cuts, tokenizer: TokenizerHandle, fi
 
     A window's BOS has no text: both of its offsets are the first text token's start.
     """
-    n_bos = int(tokenizer.bos_id is not None)
+    n_bos = encoded.n_bos[cuts.document]
     n_rows_of_window = cuts.n_text + n_bos
     window = np.repeat(np.arange(len(n_rows_of_window)), n_rows_of_window)
     pos = _positions(n_rows_of_window)
-    is_text = pos >= n_bos
+    is_text = pos >= n_bos[window]
     first_token = (np.cumsum(encoded.n_tokens) - encoded.n_tokens)[cuts.document] + cuts.start
-    token = first_token[window] + np.maximum(pos - n_bos, 0)
+    token = first_token[window] + np.maximum(pos - n_bos[window], 0)
     char_start = encoded.char_start[token]
-    token_id = encoded.ids[token] if n_bos == 0 else np.where(is_text, encoded.ids[token], tokenizer.bos_id)
-    is_repeat = is_text & (pos - n_bos < cuts.n_repeat[window])
+    bos_id = NO_TOKEN if tokenizer.bos_id is None else tokenizer.bos_id
+    token_id = np.where(is_text, encoded.ids[token], bos_id)
+    is_repeat = is_text & (pos - n_bos[window] < cuts.n_repeat[window])
+    known_flags = np.where(is_text, encoded.flags[token], 0)
     columns = {
         "token_id": token_id,
         "seq": window + first_seq,
         "pos": pos,
         "char_start": char_start,
         "char_end": np.where(is_text, encoded.char_end[token], char_start),
-        "flags": FLAG_SPECIAL * _special_table(tokenizer)[token_id] + FLAG_REPEAT * is_repeat,
-        "role": np.full(len(pos), NO_ROLE),
+        "flags": FLAG_SPECIAL * _special_table(tokenizer)[token_id] + FLAG_REPEAT * is_repeat + known_flags,
+        "role": np.where(is_text, encoded.role[token], NO_ROLE),
     }
     return np.stack([columns[name].astype(np.int32) for name in TOKEN_FIELDS], axis=1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,16 @@ import numpy.typing as npt
 from actstore.errors import InvalidInput, MissingInput, explain
 from actstore.sealed import digest_of
 
+from .chat import Chats
+from .chat_template import ChatTemplate
 from .vocabulary import display_vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-__all__ = ["EncodedTexts", "TokenizerHandle", "load_tokenizer"]
+__all__ = ["NO_ROLE", "EncodedTexts", "TokenizerHandle", "load_tokenizer"]
 
+NO_ROLE = -1
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -30,18 +33,25 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 class EncodedTexts:
     """Several texts as tokens, one after the other, nothing added.
 
-    ids int32 (token); char_start, char_end int32 (token), code points in the text; n_tokens int64 (text).
+    ids int32 (token); char_start, char_end int32 (token), code points in the text; n_tokens int64 (text); n_bos int64
+    (text): 1 where its windows begin with BOS; flags int32 (token), what is known of it before windows; role int32
+    (token): its code, NO_ROLE outside of a chat's messages.
     """
 
     ids: npt.NDArray[np.int32]
     char_start: npt.NDArray[np.int32]
     char_end: npt.NDArray[np.int32]
     n_tokens: npt.NDArray[np.int64]
+    n_bos: npt.NDArray[np.int64]
+    flags: npt.NDArray[np.int32]
+    role: npt.NDArray[np.int32]
 
     def first(self, n_texts: int) -> EncodedTexts:
         """Return the first texts only; all of them where there are fewer."""
-        end = int(self.n_tokens[:n_texts].sum())
-        return EncodedTexts(self.ids[:end], self.char_start[:end], self.char_end[:end], self.n_tokens[:n_texts])
+        n_tokens = int(self.n_tokens[:n_texts].sum())
+        of_texts = ("n_tokens", "n_bos")
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return EncodedTexts(**{key: value[: n_texts if key in of_texts else n_tokens] for key, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class TokenizerHandle:
     pad_id: int | None
     special_ids: frozenset[int]
     vocabulary_size: int  # largest id + 1
+    source: Any = field(default=None, repr=False, compare=False)  # the Hugging Face tokenizer, for its chat template
 
     @classmethod
     def from_transformers(cls, tokenizer: Any) -> TokenizerHandle:
@@ -80,7 +91,17 @@ class TokenizerHandle:
             pad_id=tokenizer.pad_token_id,
             special_ids=special,
             vocabulary_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+            source=tokenizer,
         )
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer by itself begins every text with BOS."""
+        return self.bos_id is not None and self.backend.encode("").ids[:1] == [self.bos_id]
+
+    def chats(self, chat_field: str) -> Chats:
+        """Return how objects with messages in a field become documents; raises InvalidInput without a template."""
+        return Chats(chat_field, ChatTemplate(self.source))
 
     def vocabulary(self) -> list[str]:
         """Return the display text of every id from 0; ids without a token have ""."""
@@ -94,7 +115,9 @@ class TokenizerHandle:
         n_all = int(n_tokens.sum())
         offsets = np.fromiter(_flat_offsets(encodings), np.int32, 2 * n_all).reshape(n_all, 2)
         ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, n_all)
-        return EncodedTexts(ids, offsets[:, 0], offsets[:, 1], n_tokens)
+        n_bos = np.full(len(texts), int(self.bos_id is not None), dtype=np.int64)
+        flags, role = np.zeros(n_all, np.int32), np.full(n_all, NO_ROLE, np.int32)
+        return EncodedTexts(ids, offsets[:, 0], offsets[:, 1], n_tokens, n_bos, flags, role)
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> TokenizerHandle:
