@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from actstore.errors import InvalidInput, MissingInput, explain
+from actstore.errors import InvalidInput, MissingInput, UnsupportedFormat, explain
+from actstore.recipe import COMPUTE_DTYPES
 from actstore.sealed import digest_of
 from actstore.sites import Site
 
@@ -16,6 +17,7 @@ from .discovery import family_of_model
 from .facts import ModelFacts, facts_from_config, sites_of
 from .families import Family
 from .hub import ModelFolder, find_model
+from .versions import check_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -50,7 +52,7 @@ class ModelDescription:
         return sites_of(self.family, self.facts)
 
     def site_width(self, site: Site) -> int:
-        """Return the width of one of `sites`."""
+        """Return the width of one of `sites`; of a pattern, its columns for each key: the heads."""
         return self.facts.width(self.family.taps[site.kind])
 
 
@@ -58,8 +60,10 @@ def describe_model(source: str | Path, *, revision: str | None = None) -> ModelD
     """Describe a model from its configuration: a folder, or a hub id (of which only config.json is fetched).
 
     Raises MissingInput where it is not there, InvalidInput where its configuration is broken or it is not a causal
-    language model, UnsupportedFormat where its architecture is not described.
+    language model, UnsupportedFormat where its architecture is not described, MissingDependency where transformers is
+    too old.
     """
+    check_transformers()
     return describe_folder(find_model(source, revision, weights=False))
 
 
@@ -67,6 +71,8 @@ def describe_folder(folder: ModelFolder) -> ModelDescription:
     """Describe the model in a folder; raises as `describe_model` does."""
     body = _read_json(folder)
     _refuse_other_than_causal(body, folder.name)
+    _refuse_remote_code(body, folder.name)
+    _refuse_quantized(body, folder.name)
     skeleton = _skeleton(read_config(folder), folder.name)
     family = family_of_model(skeleton, folder.name)
     n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -123,6 +129,30 @@ def _refuse_other_than_causal(body: Mapping[str, Any], name: str) -> None:
             explain(
                 f"{name} is a {named[0]}, which is not a causal language model{_reason(body, named[0])}",
                 accepted="models that predict the next token, such as Gemma2ForCausalLM; remote code is never run",
+            )
+        )
+
+
+def _refuse_remote_code(body: Mapping[str, Any], name: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if "auto_map" in body and body.get("model_type") not in CONFIG_MAPPING_NAMES:
+        raise InvalidInput(
+            explain(
+                f"{name} is of the type {body.get('model_type')!r}, which only code in its own repository knows",
+                accepted="models that transformers itself has; remote code is never run",
+            )
+        )
+
+
+def _refuse_quantized(body: Mapping[str, Any], name: str) -> None:
+    if quantization := body.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedFormat(
+            explain(
+                f"The weights of {name} are quantised ({method}), and no identity of its sites could be proved",
+                accepted=" or ".join(COMPUTE_DTYPES),
+                next_step="give the model that was quantised",
             )
         )
 

@@ -38,8 +38,8 @@ def adopt_model(causal_lm: PreTrainedModel, *, dtype: str | None, device: str) -
         )
     name, architecture = _name(causal_lm), type(causal_lm).__name__
     _check_placement(causal_lm, dtype, device)
+    _make_eager(causal_lm)  # first: other implementations return no patterns to be found
     family = family_of_model(causal_lm.eval(), name)
-    _make_eager(causal_lm)
     n_parameters = sum(parameter.numel() for parameter in causal_lm.parameters())
     config = json.loads(causal_lm.config.to_json_string()) | {"architectures": [architecture]}
     commit = str(getattr(causal_lm.config, "_commit_hash", None))
@@ -66,7 +66,11 @@ def _check_placement(causal_lm: PreTrainedModel, dtype: str | None, device: str)
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in causal_lm.parameters()}
     if len(places) > 1 or "meta" in places or len(dtypes) > 1:
         raise InvalidInput(
-            explain(f"The model is spread over {_list(places)} in {_list(dtypes)}", accepted="one device and one dtype")
+            explain(
+                f"The model is spread over {_list(places)} in {_list(dtypes)}",
+                accepted="one device and one dtype",
+                next_step="to spread a model over devices give its folder or hub id, and device_map='auto'",
+            )
         )
     found_dtype, place = dtypes.pop(), places.pop()
     if found_dtype not in COMPUTE_DTYPES or dtype not in (None, found_dtype):
