@@ -41,8 +41,6 @@ _HOOKS = {  # TransformerLens names below `blocks.L.`: those of all versions, th
     "hook_attn_out": "attn_out",
     "hook_mlp_out": "mlp_out",
     "attn.hook_z": "z",
-    "attn.hook_q": "q",
-    "attn.hook_k": "k",
     "attn.hook_v": "v",
     "attn.hook_pattern": "pattern",
     "ln2.hook_normalized": "ln2_normalized",
@@ -104,6 +102,8 @@ _AMBIGUOUS = {  # names of TransformerLens and Hugging Face that are another sit
     "mlp.hook_out": ("mlp_out_raw", "mlp_out"),
     "post_attention_layernorm.input": ("resid_mid", "attn_out_raw"),
     "post_attention_layernorm.output": ("ln2", "attn_out"),
+    "attn.hook_q": ("q",),  # before the norm of queries, where there is one: then no site
+    "attn.hook_k": ("k",),
 }
 _WITHOUT_LAYER_ALIASES = {
     "unembed.hook_in": "final",
@@ -178,11 +178,10 @@ def parse_site(text: str) -> Site:
 
 def _aliased(text: str, name: str, layer: int, kinds: Mapping[str, str], what: str) -> Site:
     if name in _AMBIGUOUS:
-        first, second = (f"'{kind}.{layer}'" for kind in _AMBIGUOUS[name])
         raise InvalidInput(
             explain(
                 f"{text!r} is another tensor on another architecture",
-                accepted=f"{first} or {second}",
+                accepted=" or ".join(f"'{kind}.{layer}'" for kind in _AMBIGUOUS[name]),
                 next_step="choose the one that is meant",
             )
         )

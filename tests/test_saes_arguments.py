@@ -32,6 +32,9 @@ def test_importing_the_room_is_light() -> None:
         pytest.param("mine=a/b@blocks.5.hook_mlp_out", SaeArgument("a/b", "mine", Site("mlp_out", 5)), id="alias"),
         pytest.param("runs/lr=3/x", SaeArgument("runs/lr=3/x"), id="equals_in_a_path"),
         pytest.param("a@b/c@final", SaeArgument("a@b/c", None, Site("final")), id="last_at"),
+        pytest.param(
+            "a/b@ln2.5>mlp_out.5", SaeArgument("a/b", None, Site("ln2", 5), Site("mlp_out", 5)), id="transcoder"
+        ),
     ],
 )
 def test_an_argument_is_taken_apart(text: str, expected: SaeArgument) -> None:
@@ -46,6 +49,8 @@ def test_an_argument_is_taken_apart(text: str, expected: SaeArgument) -> None:
         pytest.param("a/b@resid_post", InvalidInput, id="site_without_layer"),
         pytest.param("a/b@residual.1", UnknownName, id="unknown_site"),
         pytest.param("a/b@", InvalidInput, id="empty_site"),
+        pytest.param("a/b@>mlp_out.5", InvalidInput, id="nothing_to_read"),
+        pytest.param("a/b@ln2.5>", InvalidInput, id="nothing_to_write"),
     ],
 )
 def test_a_malformed_argument_is_refused(text: str, error: type[ActstoreError]) -> None:
@@ -195,14 +200,6 @@ def test_an_id_belongs_to_one_sae(release: Path) -> None:
     [
         pytest.param("no/such", MissingInput, "no SAE at no/such", id="no_path"),
         pytest.param("/no/such/folder/*", MissingInput, "no SAE at", id="empty_glob"),
-        pytest.param("saelens:gpt2/blocks.0", UnsupportedFormat, "not read yet", id="saelens"),
-        pytest.param("neuronpedia:gemma-2-2b/20", UnsupportedFormat, "not read yet", id="neuronpedia"),
-        pytest.param(
-            "google/gemma-scope-2b-pt-transcoders/layer_3/width_16k/average_l0_54",
-            UnsupportedFormat,
-            "transcoders are not read yet",
-            id="transcoders",
-        ),
     ],
 )
 def test_what_is_not_there_or_not_read(source: str, error: type[ActstoreError], message: str) -> None:

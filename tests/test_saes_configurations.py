@@ -109,7 +109,7 @@ def test_a_folder_says_the_site(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         pytest.param({"architecture": "matching_pursuit"}, 'architecture is "matching_pursuit"', id="architecture"),
-        pytest.param({"architecture": "jumprelu_transcoder"}, "jumprelu_transcoder", id="transcoder"),
+        pytest.param({"architecture": "temporal_transcoder"}, "temporal_transcoder", id="transcoder"),
         pytest.param({"architecture": "batchtopk"}, 'architecture is "batchtopk"', id="training_checkpoint"),
         pytest.param({"architecture": 7}, "architecture is 7", id="architecture_number"),
         pytest.param({"normalize_activations": "expected_average_only_in"}, "from_pretrained", id="unknown_scale"),
@@ -146,7 +146,7 @@ def test_a_saelens_configuration_that_is_not_read(tmp_path: Path, changes: dict[
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("activation", "groupmax"), ("transcode", True), ("skip_connection", True), ("k", None), ("new_key", 1)],
+    [("activation", "groupmax"), ("transcode", 1), ("skip_connection", "yes"), ("k", None), ("new_key", 1)],
 )
 def test_a_sparsify_configuration_that_is_not_read(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(UnsupportedFormat, match=f"{name} is"):
@@ -156,7 +156,7 @@ def test_a_sparsify_configuration_that_is_not_read(tmp_path: Path, name: str, va
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("type", "transcoder"),
+        ("type", "crosscoder"),
         ("affine_connection", True),
         ("affine_connection", 0),
         ("architecture", "topk"),

@@ -7,22 +7,32 @@ from .arguments import ResolvedSae, SaeArgument, expand_sae_arguments, parse_sae
 from .coder import SparseCoder, check_width
 from .encoder import EncodedTile, SaeEncoder, round_mantissa
 from .loading import SaeSizes, load_sae, sae_sizes
+from .neurons import NEURONS, Encoder, NeuronEncoder, expand_neurons, without_neurons
 from .proof import ROWS_NEEDED, compete, sae_health
+from .together import LayerSums, coders_together, unproved
 
 __all__ = [
+    "NEURONS",
     "ROWS_NEEDED",
     "EncodedTile",
+    "Encoder",
+    "LayerSums",
+    "NeuronEncoder",
     "ResolvedSae",
     "SaeArgument",
     "SaeEncoder",
     "SaeSizes",
     "SparseCoder",
     "check_width",
+    "coders_together",
     "compete",
+    "expand_neurons",
     "expand_sae_arguments",
     "load_sae",
     "parse_sae_argument",
     "round_mantissa",
     "sae_health",
     "sae_sizes",
+    "unproved",
+    "without_neurons",
 ]

@@ -1,7 +1,8 @@
-"""`[ID=]SOURCE[@SITE]`, as users write it, to SAEs with an id, a site and a place.
+"""`[ID=]SOURCE[@SITE]`, as users write it, to SAEs with an id, a site and a place; `@READ>WRITE` for a transcoder.
 
-SOURCE is a local file of weights, a folder with one SAE or with several below it, a glob of such, or `owner/repo/path`
-on the hub. A last part `canonical` takes the SAE whose average L0 is nearest 100. A local path wins over a hub path.
+SOURCE is a local file of weights, a folder with one SAE or with several below it, a glob of such, `owner/repo/path` on
+the hub, or a name: `saelens:release/sae_id`, `neuronpedia:model/source`. A last part `canonical` takes the SAE whose
+average L0 is nearest 100. A local path wins over a hub path.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from pathlib import Path
 from actstore.errors import InvalidInput, UnsupportedFormat, explain
 from actstore.sites import Site, parse_site
 
-from .config import Config, read_config
+from .agreed import agreed_sites
+from .configured import configuration_of
 from .declaration import Declaration
 from .formats import GEMMA_SCOPE
-from .hub import fetch_file
+from .multi_layer import read_layer_name
 from .names import SaeName, fallback_id, read_name
 from .places import Place, find_places
+from .registry import Listed, meanings
+from .second_scope import read_second_name
 
 __all__ = ["ResolvedSae", "SaeArgument", "expand_sae_arguments", "parse_sae_argument"]
 
@@ -34,6 +38,7 @@ class SaeArgument:
     source: str
     id: str | None = None
     site: Site | None = None
+    write_site: Site | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ class ResolvedSae:
     place: Place
     name: SaeName | None  # what its path says, where it is named like Gemma Scope's
     declaration: Declaration  # what its format and configuration say
+    write_site: Site | None = None  # the site that a transcoder reconstructs
+    neuronpedia_id: str | None = None  # `model/source`, where Neuronpedia has it
+    listed: Listed | None = None  # what the registry says of it, where it was named by it
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.sae):
@@ -56,7 +64,7 @@ class ResolvedSae:
 
 
 def parse_sae_argument(text: str) -> SaeArgument:
-    """Take `[ID=]SOURCE[@SITE]` apart; a local path that contains = or @ is a SOURCE as a whole.
+    """Take `[ID=]SOURCE[@SITE]` or `…@READ>WRITE` apart; a local path that contains = or @ is a SOURCE as a whole.
 
     Raises InvalidInput or UnknownName for a SITE that is none, InvalidInput for an empty SOURCE.
     """
@@ -67,7 +75,9 @@ def parse_sae_argument(text: str) -> SaeArgument:
     source, _, site = rest.rpartition("@") if "@" in rest else (rest, "", "")
     if not source:
         raise InvalidInput(explain(f"The SAE {text!r} has no source", accepted="[ID=]SOURCE[@SITE]"))
-    return SaeArgument(source, sae, parse_site(site) if "@" in rest else None)
+    read, _, written = site.partition(">")
+    sites = (parse_site(read), parse_site(written) if ">" in site else None) if "@" in rest else (None, None)
+    return SaeArgument(source, sae, *sites)
 
 
 def expand_sae_arguments(arguments: Sequence[str], *, allow_pt: bool = False) -> list[ResolvedSae]:
@@ -94,7 +104,8 @@ def expand_sae_arguments(arguments: Sequence[str], *, allow_pt: bool = False) ->
 
 
 def _expand(argument: SaeArgument, allow_pt: bool) -> list[ResolvedSae]:
-    places = find_places(argument.source)
+    found = [(place, listed) for path, listed in meanings(argument.source) for place in find_places(path)]
+    places = [place for place, _ in found]
     if pickled := [place for place in places if place.format.pickled and not allow_pt]:
         raise _pickle_refused(pickled[0])
     if argument.id and len(places) > 1:
@@ -104,74 +115,40 @@ def _expand(argument: SaeArgument, allow_pt: bool) -> list[ResolvedSae]:
                 next_step="leave the id out, or give one argument per SAE",
             )
         )
-    return [_resolve(argument, place) for place in places]
+    return [_resolve(argument, place, listed) for place, listed in found]
 
 
 def _pickle_refused(place: Place) -> UnsupportedFormat:
     return UnsupportedFormat(
         explain(
-            f"{place} holds {place.format.weights}, a pickle: a program that runs when it is opened",
+            f"{place.folder} holds {place.weights}, a pickle: a program that runs when it is opened",
             accepted="safetensors and npz",
             next_step="where you trust its makers say --allow-pt (allow_pt=True): tensors alone are read of it",
         )
     )
 
 
-def _resolve(argument: SaeArgument, place: Place) -> ResolvedSae:
+def _resolve(argument: SaeArgument, place: Place, listed: Listed | None) -> ResolvedSae:
     name = read_name(place.folder, canonical=place.canonical) if place.format is GEMMA_SCOPE else None
-    declaration = _declaration(place)
-    site = _site(argument, place, (name.site,) if name and name.site else declaration.sites)
-    sae = argument.id or (name.id if name and name.site == site else fallback_id(site, place.folder))
-    return ResolvedSae(sae, site, place, name, declaration)
+    declaration = _declaration(place, listed)
+    site, write_site = agreed_sites(argument, place, name, declaration)
+    named = name if name and (name.site, name.write_site) == (site, write_site) else None
+    known = named or read_second_name(place.folder) or read_layer_name(str(place)) or listed
+    sae = argument.id or (known.id if known else fallback_id(site, place.folder))
+    neuronpedia_id = known.neuronpedia_id if known else None
+    return ResolvedSae(sae, site, place, name, declaration, write_site, neuronpedia_id, listed)
 
 
-def _declaration(place: Place) -> Declaration:
+def _declaration(place: Place, listed: Listed | None) -> Declaration:
     """Return what an SAE's configuration says; raises UnsupportedFormat with everything in it that is not read."""
-    name = place.format.config
-    if name is None:
-        return place.format.declare(Config({}), place.folder)
-    local = Path(place.folder) / name
-    config = read_config(fetch_file(place.repository, place.path_of(name)).path if place.repository else local)
-    declaration = place.format.declare(config, place.folder)
+    config = configuration_of(place)
+    declaration = (listed or place.format).declare(config, str(place))
     if config.faults:
         raise UnsupportedFormat(
             explain(
-                f"The SAE {place} cannot be used as its {name} describes it: {'; '.join(config.faults)}",
+                f"The SAE {place} cannot be used as its {place.format.described_by} describes it: "
+                f"{'; '.join(config.faults)}",
                 next_step="choose another SAE",
             )
         )
     return declaration
-
-
-def _site(argument: SaeArgument, place: Place, said: Sequence[Site]) -> Site:
-    """Return the one site that the argument, the path and the configuration agree on."""
-    if argument.site and said and argument.site not in said:
-        raise InvalidInput(
-            explain(
-                f"{place} reads {' or '.join(map(str, said))} by its {_speaker(place)}, and {argument.site} by "
-                f"'@{argument.site}'",
-                next_step=f"leave '@{argument.site}' out, or give a path that does not say another site",
-            )
-        )
-    if argument.site:
-        return argument.site
-    if len(said) > 1:
-        raise InvalidInput(
-            explain(
-                f"The {_speaker(place)} of {place} says that it reads {' and '.join(map(str, said))}",
-                next_step=f"say which: {argument.source}@{said[0]}",
-            )
-        )
-    if not said:
-        raise InvalidInput(
-            explain(
-                f"Nothing says which site the SAE {place} reads",
-                accepted="a release that ends in -res, -att or -mlp, a hook in its configuration, or a site behind '@'",
-                next_step=f"add the site: {argument.source}@resid_post.12",
-            )
-        )
-    return said[0]
-
-
-def _speaker(place: Place) -> str:
-    return f"path or {place.format.config}" if place.format.config else "path"

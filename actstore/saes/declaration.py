@@ -31,7 +31,12 @@ class Declaration:
     scalars: frozenset[str] = frozenset()  # that `fold` takes or drops, of no size that the others have
     optional: Mapping[str, str] = field(default_factory=dict)  # arrays that `fold` takes where they are there
     sites: tuple[Site, ...] = ()  # more than one where its configuration has names of it that differ
+    transcodes: bool | None = False  # reconstructs another site than it reads; None where the file cannot tell
+    write_sites: tuple[Site, ...] = ()  # of a transcoder, as `sites`
+    position: int | None = None  # of a coder of several layers: which it is; its decoder has an axis of layers
+    n_layers: int | None = None  # where that is known
     d_in: int | None = None
+    d_out: int | None = None
     d_sae: int | None = None
     declared_l0: float | None = None
     k: int | None = None

@@ -31,8 +31,10 @@ class EncodedTile:
     """What an SAE says about one tile of rows; tensors on the encoder's device.
 
     counts int64 (row): listed firings of each row; features int32 (firing): row after row, increasing in each;
-    activations float32 (firing), all > 0; reconstruction float32 (row, 3): l0, ‖x‖, ‖x − x_hat‖.
-    A row that holds NaN or infinity has no firings, and NaN for its reconstruction.
+    activations float32 (firing), all > 0; reconstruction float32 (row, 3): l0, ‖y‖, ‖y − x_hat‖ of the
+    row y that is reconstructed, which is the row itself or, of a transcoder, its target; the last is NaN where
+    layers below write y too.
+    A row that holds NaN or infinity has no firings, and NaN for its reconstruction; so both norms of such a target.
     """
 
     counts: torch.Tensor
@@ -55,30 +57,36 @@ class SaeEncoder:
             torch.tensor(array, device=self.device)
             for array in (coder.w_enc, coder.w_dec, coder.b_enc, coder.b_dec, coder.threshold)
         )
+        self._w_skip = None if coder.w_skip is None else torch.tensor(coder.w_skip, device=self.device)
 
     @property
     def identity(self) -> SaeIdentity:
         """Which sparse coder this is."""
         return self.coder.identity
 
-    def encode(self, rows: torch.Tensor, listed: torch.Tensor | None = None) -> EncodedTile:
+    def encode(
+        self, rows: torch.Tensor, listed: torch.Tensor | None = None, targets: torch.Tensor | None = None
+    ) -> EncodedTile:
         """Encode one tile: rows (row, d_in) of any float dtype on the device.
 
         listed bool (row): the rows whose firings are wanted, by default all. Special rows are not listed but have
-        their reconstruction; filler may hold anything. Deterministic for a given number of rows.
-        Raises InvalidInput for rows of another width.
+        their reconstruction; filler may hold anything. targets (row, d_out): what a transcoder reconstructs, and only
+        a transcoder has any. Deterministic for a given number of rows.
+        Raises InvalidInput for rows or targets of another width, missing or too many.
         """
         import torch
 
-        self._check(rows)
+        self._check(rows, targets)
         with torch.no_grad():
             finite = torch.isfinite(rows).all(dim=1)
             exact = torch.where(finite[:, None], rows.float(), 0.0)  # NaN in one row must not reach the product
             scale = scale_of(exact, self.coder.normalisation)
             features = self._features(exact if scale is None else scale.apply(exact))
             fires = features > 0
-            reconstruction = self._reconstruction(exact, features, fires, scale)
+            target = exact if targets is None else targets.float()
+            reconstruction = self._reconstruction(exact, target, features, fires, scale)
             reconstruction.masked_fill_(~finite[:, None], torch.nan)
+            reconstruction[:, 1:].masked_fill_(~torch.isfinite(target).all(dim=1, keepdim=True), torch.nan)
             wanted = finite if listed is None else finite & listed
             row, feature = fires.logical_and_(wanted[:, None]).nonzero(as_tuple=True)
             return EncodedTile(
@@ -88,11 +96,23 @@ class SaeEncoder:
                 reconstruction=reconstruction,
             )
 
-    def decode(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the reconstruction of dense features: float32 (row, d_sae) → (row, d_in), in normalised units."""
+    def features(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the dense features (row, d_sae) of rows (row, d_in), both float32, without NaN or infinity."""
         import torch
 
-        return torch.addmm(self._b_dec, features, self._w_dec)
+        with torch.no_grad():
+            scale = scale_of(rows, self.coder.normalisation)
+            return self._features(rows if scale is None else scale.apply(rows))
+
+    def decode(self, features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return the reconstruction (row, d_out) of dense features (row, d_sae) and the rows (row, d_in), all float32.
+
+        In normalised units; the rows themselves matter only where there is a skip.
+        """
+        import torch
+
+        decoded = torch.addmm(self._b_dec, features, self._w_dec)
+        return decoded if self._w_skip is None else decoded.addmm_(rows, self._w_skip)
 
     def _features(self, rows: torch.Tensor) -> torch.Tensor:
         import torch
@@ -103,21 +123,38 @@ class SaeEncoder:
         return features if self.coder.k is None else keep_largest(features, self.coder.k)
 
     def _reconstruction(
-        self, rows: torch.Tensor, features: torch.Tensor, fires: torch.Tensor, scale: RowScale | None
+        self,
+        rows: torch.Tensor,
+        targets: torch.Tensor,
+        features: torch.Tensor,
+        fires: torch.Tensor,
+        scale: RowScale | None,
     ) -> torch.Tensor:
         import torch
 
         l0 = fires.sum(dim=1, dtype=torch.int32).float()  # int64, the default, takes twice as long
-        decoded = self.decode(features)
+        if self.coder.is_partial:
+            return torch.stack([l0, targets.norm(dim=1), torch.full_like(l0, torch.nan)], dim=1)
+        decoded = self.decode(features, rows)
         decoded = decoded if scale is None else scale.undo(decoded)
-        return torch.stack([l0, rows.norm(dim=1), (rows - decoded).norm(dim=1)], dim=1)
+        return torch.stack([l0, targets.norm(dim=1), (targets - decoded).norm(dim=1)], dim=1)
 
-    def _check(self, rows: torch.Tensor) -> None:
-        if rows.ndim != 2 or rows.shape[1] != self.coder.d_in:
+    def _check(self, rows: torch.Tensor, targets: torch.Tensor | None) -> None:
+        coder = self.coder
+        if rows.ndim != 2 or rows.shape[1] != coder.d_in:
             raise InvalidInput(
                 explain(
-                    f"The SAE {self.coder.identity.sae} cannot encode rows of shape {tuple(rows.shape)}",
-                    accepted=f"(row, {self.coder.d_in})",
+                    f"The SAE {coder.identity.sae} cannot encode rows of shape {tuple(rows.shape)}",
+                    accepted=f"(row, {coder.d_in})",
+                )
+            )
+        expected = (len(rows), coder.d_out) if coder.transcodes else None
+        if (None if targets is None else tuple(targets.shape)) != expected:
+            raise InvalidInput(
+                explain(
+                    f"The SAE {coder.identity.sae} was given {None if targets is None else tuple(targets.shape)} as "
+                    "the rows that it reconstructs",
+                    accepted=f"{expected} of {coder.identity.write_site}" if expected else "none but what it reads",
                 )
             )
 

@@ -9,26 +9,11 @@ from actstore.sites import Site, parse_site
 
 __all__ = ["sites_of_hooks"]
 
-_LAYER = re.compile(
+# A module of any architecture, with or without the names above its layers, and its input or output where it is said.
+_MODULE = re.compile(
     r"(?:model\.|language_model\.|transformer\.|gpt_neox\.)*(?:layers|h)\.(?P<layer>\d+)"
-    r"(?:\.(?P<module>[a-z_.0-9]+?))??(?:\.(?P<side>input|output))?"
+    r"(?P<module>(?:\.[a-z_0-9]+)*?)(?P<side>\.input|\.output)?"
 )
-# (module below the layer, input or output) → kind. Norms that stand for other things on other models are left out.
-_KINDS = {
-    (None, "input"): "resid_pre",
-    (None, "output"): "resid_post",
-    ("self_attn.o_proj", "input"): "z",
-    ("attn.c_proj", "input"): "z",
-    ("attention.dense", "input"): "z",
-    ("post_feedforward_layernorm", "output"): "mlp_out",
-    ("pre_feedforward_layernorm", "input"): "resid_mid",
-    ("pre_feedforward_layernorm", "output"): "ln2",
-    ("self_attn", "output"): "attn_out_raw",
-    ("attn", "output"): "attn_out_raw",
-    ("attention", "output"): "attn_out_raw",
-    ("mlp", "output"): "mlp_out_raw",
-    ("mlp.down_proj", "input"): "mlp_act",
-}
 
 
 def sites_of_hooks(*names: str) -> tuple[Site, ...]:
@@ -42,9 +27,8 @@ def _site_of_hook(name: str) -> Site | None:
     `layers.5` is resid_post.5, `model.layers.5.self_attn.o_proj.input` is z.5, `layers.5.mlp` is mlp_out_raw.5: the
     module's own output, before any post-norm. None for another name, and for one that is not one tensor on all models.
     """
-    if found := _LAYER.fullmatch(name):
-        kind = _KINDS.get((found["module"], found["side"] or "output"))
-        return Site(kind, int(found["layer"])) if kind else None
+    if found := _MODULE.fullmatch(name):
+        name = f"model.layers.{found['layer']}{found['module']}{found['side'] or '.output'}"
     try:
         return parse_site(name)
     except ActstoreError:

@@ -17,19 +17,26 @@ from .hooks import sites_of_hooks
 
 __all__ = ["declare"]
 
-_FOLDER = re.compile(r"(?:.*/)?[^/]*-L(?P<layer>\d+)(?P<kind>R|A|M)-\d+x")
-_HOOKS = {"R": "resid_post", "A": "attn_out", "M": "mlp_out"}
+_FOLDER = re.compile(r"(?:.*/)?[^/]*-L(?P<layer>\d+)(?P<kind>R|A|M|TC)-\d+x")
+_HOOKS = {"R": "resid_post", "A": "attn_out", "M": "mlp_out", "TC": "ln2_normalized"}
+_WRITES = "mlp_out"  # of a transcoder
 
 
 def declare(config: Config, folder: str) -> Declaration:
-    """Return what a `hyperparams.json` says; other activations, normalisations and transcoders are faults."""
+    """Return what a `hyperparams.json` says; other activations and normalisations are faults.
+
+    A folder named `…L5TC-8x` holds a transcoder; one of another name does where its two hooks differ.
+    """
     config.require("act_fn", "jumprelu")
     config.require("norm_activation", "dataset-wise")
     config.require("sparsity_include_decoder_norm", True)
     for name in ("apply_decoder_bias_to_pre_encoder", "use_glu_encoder"):
         config.require(name, False)
-    hook = config.text("hook_point_in")
-    config.require("hook_point_out", hook)
+    named = _FOLDER.fullmatch(folder)
+    read, written = (config.text(f"hook_point_{end}", _hook_of(named, end)) for end in ("in", "out"))
+    transcodes = named["kind"] == "TC" if named else read != (written or read)
+    if not transcodes:
+        config.require("hook_point_out", read)
     threshold, norms = config.number("jump_relu_threshold"), config.inner("dataset_average_activation_norm")
     norm_in, norm_out = norms.number("in"), norms.number("out")
     config.faults += [
@@ -51,8 +58,11 @@ def declare(config: Config, folder: str) -> Declaration:
         {"w_enc": "encoder.weight", "b_enc": "encoder.bias", "w_dec": "decoder.weight", "b_dec": "decoder.bias"},
         "safetensors encoder.weight (d_sae, d_in), encoder.bias, decoder.weight (d_in, d_sae), decoder.bias",
         turned=frozenset({"w_enc", "w_dec"}),
-        sites=sites_of_hooks(hook or _hook_of_folder(folder)),
+        sites=sites_of_hooks(read),
+        transcodes=transcodes,
+        write_sites=sites_of_hooks(written) if transcodes else (),
         d_in=config.count("d_model"),
+        d_out=config.count("d_model"),
         d_sae=config.count("d_sae"),
         declared_l0=config.number("top_k"),
         unit_decoder=True,
@@ -73,6 +83,8 @@ def _in_raw_units(arrays: Arrays, norm_in: float, norm_out: float, threshold: fl
     return rescale_by_decoder_norm(raw)
 
 
-def _hook_of_folder(folder: str) -> str:
-    named = _FOLDER.fullmatch(folder)
-    return f"{_HOOKS[named['kind']]}.{named['layer']}" if named else ""
+def _hook_of(named: re.Match[str] | None, end: str) -> str:
+    if not named:
+        return ""
+    kind = _WRITES if (named["kind"], end) == ("TC", "out") else _HOOKS[named["kind"]]
+    return f"{kind}.{named['layer']}"

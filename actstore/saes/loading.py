@@ -18,8 +18,10 @@ from actstore.recipe import SaeIdentity
 
 from .arguments import ResolvedSae
 from .coder import SparseCoder, infinite_faults, shape_faults, value_faults
-from .declaration import Arrays
-from .hub import FetchedFile, fetch_file
+from .declaration import Arrays, Declaration
+from .hub import FetchedFile
+from .layers import LayerDecoders, layer_faults
+from .multi_layer import read_layer_name
 from .names import width_of_label
 from .npz import Unreadable
 from .weights import Weights, open_weights
@@ -58,7 +60,8 @@ def load_sae(resolved: ResolvedSae) -> SparseCoder:
     with _opened(resolved, fetched.path) as (file, weights):
         _checked_shapes(resolved, weights)
         arrays = _arrays(resolved, weights)
-        if faults := value_faults(arrays):
+        layers = _layers(resolved, fetched.path, weights)
+        if faults := value_faults(arrays) + (layer_faults(file, layers.header, layers.position) if layers else []):
             raise Unreadable(faults)
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -74,38 +77,53 @@ def load_sae(resolved: ResolvedSae) -> SparseCoder:
         subtracts_b_dec=declaration.subtracts_b_dec,
         normalisation=declaration.normalisation,
         unit_decoder=declaration.unit_decoder,
+        layers=layers,
     )
 
 
 def _fetch(resolved: ResolvedSae) -> FetchedFile:
-    place = resolved.place
-    if place.repository is None:
-        return FetchedFile(Path(place.folder) / place.format.weights, None)
-    return fetch_file(place.repository, place.path_of(place.format.weights))
+    return resolved.place.fetch(resolved.place.weights)
+
+
+def _layers(resolved: ResolvedSae, path: Path, weights: Weights[Any]) -> LayerDecoders | None:
+    """Return where the decoders of one layer of a coder of several lie."""
+    position = resolved.declaration.position
+    if position is None:
+        return None
+    header = next(header for name, header in weights.headers.items() if name.lower() == "w_dec")
+    return LayerDecoders(resolved.place.folder, position, path, header)
 
 
 def _identity(resolved: ResolvedSae, fetched: FetchedFile, width: int, d_in: int, digest: str) -> SaeIdentity:
-    name, place = resolved.name, resolved.place
+    name, place, listed = resolved.name or read_layer_name(str(resolved.place)), resolved.place, resolved.listed
     return SaeIdentity(
         sae=resolved.sae,
         site=str(resolved.site),
         width=width,
         d_in=d_in,
+        write_site=None if resolved.write_site is None else str(resolved.write_site),
         architecture=resolved.declaration.architecture,
         weights_digest=digest,
-        release=place.repository or (name.release if name else None),
-        sae_id=place.inner_folder or None if place.repository else name.inner_path if name else None,
-        neuronpedia_id=name.neuronpedia_id if name else None,
+        release=listed.release if listed else place.repository or (name.release if name else None),
+        sae_id=listed.sae_id if listed else _sae_id(resolved),
+        neuronpedia_id=resolved.neuronpedia_id,
         revision=fetched.revision,
-        declared_l0=float(name.l0) if name else resolved.declaration.declared_l0,
+        declared_l0=float(resolved.name.l0) if resolved.name else resolved.declaration.declared_l0,
     )
+
+
+def _sae_id(resolved: ResolvedSae) -> str | None:
+    if resolved.place.repository:
+        return resolved.place.inner_path or None
+    name = resolved.name or read_layer_name(str(resolved.place))
+    return name.inner_path if name else None
 
 
 @contextmanager
 def _opened(resolved: ResolvedSae, path: Path) -> Iterator[tuple[io.BufferedReader, Weights[Any]]]:
     """Open one file once, so that what is digested is what was read; translate its faults."""
     try:
-        with path.open("rb") as file, open_weights(file, path.suffix) as weights:
+        with path.open("rb") as file, open_weights(file, path.suffix, resolved.place.format.values) as weights:
             yield file, weights
     except FileNotFoundError as error:
         raise MissingInput(explain(f"The file {path} is not there any more")) from error
@@ -125,17 +143,37 @@ def _checked_shapes(resolved: ResolvedSae, weights: Weights[Any]) -> dict[str, t
     faults += [f"{name} is there twice" for name in known if names.count(name) > 1]
     if not faults:
         shapes = {known[name.lower()]: header.shape for name, header in weights.headers.items()}
+        if faults := _axis_faults(declaration, shapes["w_dec"]):
+            raise Unreadable(faults)
+        if declaration.position is not None:
+            shapes["w_dec"] = shapes["w_dec"][::2]
         shapes |= {ours: shapes[ours][::-1] for ours in declaration.turned}
         vectors = {ours: shape for ours, shape in shapes.items() if ours not in declaration.scalars}
-        faults = shape_faults(vectors) or _width_faults(resolved, shapes)
+        transcodes = resolved.write_site is not None
+        faults = shape_faults(vectors, transcodes=transcodes) or _width_faults(resolved, shapes)
     if faults:
         raise Unreadable(faults)
     return shapes
 
 
+def _axis_faults(declaration: Declaration, w_dec: tuple[int, ...]) -> list[str]:
+    """Return what is wrong with the axis of layers of a decoder that has one."""
+    position, n_layers = declaration.position, declaration.n_layers
+    if position is None:
+        return []
+    if len(w_dec) != 3:
+        return [f"w_dec is {w_dec}, where (d_sae, layer, d_out) is expected"]
+    if position >= w_dec[1] or n_layers not in (None, w_dec[1]):
+        return [f"w_dec has {w_dec[1]} layers, and it is number {position} of {n_layers or 'them'} by its path"]
+    return []
+
+
 def _arrays(resolved: ResolvedSae, weights: Weights[Any]) -> Arrays:
     declaration, known = resolved.declaration, resolved.declaration.names
-    read = weights.read({known[name.lower()]: header for name, header in weights.headers.items()})
+    headers = {known[name.lower()]: header for name, header in weights.headers.items()}
+    if declaration.position is not None:
+        headers["w_dec"] = headers["w_dec"].at(declaration.position)
+    read = weights.read(headers)
     return read | {ours: np.ascontiguousarray(read[ours].T) for ours in declaration.turned}
 
 
@@ -144,21 +182,22 @@ def _declared_width(resolved: ResolvedSae) -> int | None:
 
 
 def _width_faults(resolved: ResolvedSae, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    d_in, width = shapes["w_enc"]
-    said = f"its name width_{resolved.name.width_label}" if resolved.name else f"its {resolved.place.format.config}"
-    declared, declared_d_in = _declared_width(resolved), resolved.declaration.d_in
-    faults = [] if declared in (None, width) else [f"it has {width:,} features, and {declared:,} by {said}"]
-    return (
-        faults
-        if declared_d_in in (None, d_in)
-        else [*faults, f"it reads {d_in:,} numbers, and {declared_d_in:,} by {said}"]
+    said = (
+        f"its name width_{resolved.name.width_label}" if resolved.name else f"its {resolved.place.format.described_by}"
     )
+    d_in, width = shapes["w_enc"]
+    found = (
+        (f"it has {width:,} features", width, _declared_width(resolved)),
+        (f"it reads {d_in:,} numbers", d_in, resolved.declaration.d_in),
+        (f"it writes {shapes['w_dec'][1]:,} numbers", shapes["w_dec"][1], resolved.declaration.d_out),
+    )
+    return [f"{what}, and {asked:,} by {said}" for what, size, asked in found if asked not in (None, size)]
 
 
 def _refused(resolved: ResolvedSae, faults: list[str]) -> InvalidInput:
     return InvalidInput(
         explain(
-            f"The SAE {resolved.place}/{resolved.place.format.weights} cannot be used: {'; '.join(faults)}",
+            f"The SAE {resolved.place.file} cannot be used: {'; '.join(faults)}",
             accepted=resolved.declaration.accepted,
             next_step="fetch the file again, or choose another SAE",
         )

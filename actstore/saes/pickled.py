@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from .npz import Unreadable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PickledHeader", "read_pickled", "read_pickled_headers"]
+__all__ = ["PickledHeader", "read_pickled", "read_pickled_headers", "read_pickled_values"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,18 @@ class PickledHeader:
     shape: tuple[int, ...]
 
 
-def read_pickled_headers(file: io.BufferedReader, file_bytes: int) -> dict[str, PickledHeader]:
-    """Return the shape of every tensor by its key; raises Unreadable for anything but a flat dict of float tensors."""
+def read_pickled_headers(
+    file: io.BufferedReader, file_bytes: int, values: Collection[str] = ()
+) -> dict[str, PickledHeader]:
+    """Return the shape of every tensor by its key; raises Unreadable for anything but a flat dict of float tensors.
+
+    values: keys that may stand for something else, and are left out.
+    """
     _refuse_bombs(file, file_bytes)
     headers, faults = {}, []
     for key, value in _loaded(file, "meta").items():
+        if key in values:
+            continue
         shape = tuple(getattr(value, "shape", ()))
         if not _is_tensor(value):
             faults.append(f"{key} is no tensor")
@@ -52,6 +59,12 @@ def read_pickled(file: io.BufferedReader, headers: Mapping[str, PickledHeader]) 
     """Return the tensors as float32."""
     state = _loaded(file, "cpu")
     return {name: state[header.key].float().contiguous().numpy() for name, header in headers.items()}
+
+
+def read_pickled_values(file: io.BufferedReader, file_bytes: int, values: Collection[str]) -> dict[str, Any]:
+    """Return what stands under some keys where they are there; no tensor is read. Raises as `read_pickled_headers`."""
+    _refuse_bombs(file, file_bytes)
+    return {key: value for key, value in _loaded(file, "meta").items() if key in values}
 
 
 def _loaded(file: io.BufferedReader, device: str) -> Mapping[str, torch.Tensor]:

@@ -1,50 +1,61 @@
-"""Where SAEs are: folders of a known layout, on this machine or on the hub, by path, glob or `canonical`."""
+"""Where SAEs are: folders and files of a known layout, on this machine or on the hub, by path, glob or `canonical`."""
 
 from __future__ import annotations
 
 import fnmatch
 import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actstore.errors import MissingInput, UnsupportedFormat, explain
 
 from .formats import FORMATS, GEMMA_SCOPE, Format, format_of_file, recognise
-from .hub import is_cached, list_release
+from .hub import FetchedFile, fetch_file, is_cached, list_release
 from .names import nearest_canonical, read_name
 
 __all__ = ["Place", "find_places"]
 
 _CANONICAL = "canonical"
 _HUB_PATH = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*/[^/].*")
-_OTHER_HOMES = ("saelens:", "neuronpedia:")
 _WEIGHTS = (".safetensors", ".npz", ".pt", ".bin")
 _ACCEPTED = "; ".join(f"{format_.files} ({format_.name})" for format_ in FORMATS)
 
 
 @dataclass(frozen=True)
 class Place:
-    """One SAE's folder: local where `repository` is None, else a path inside that repository of the hub."""
+    """One SAE's folder and weights: local where `repository` is None, else inside that repository of the hub."""
 
     folder: str  # with slashes; on the hub it begins with owner/repo
     repository: str | None = None
     format: Format = GEMMA_SCOPE
     canonical: bool = False  # a listing of its release has shown that its L0 is nearest 100
+    weights: str = ""  # the path of its weights in the folder; needed where a folder has those of several SAEs
+
+    def __post_init__(self) -> None:
+        assert self.weights or not self.format.shares_folders, "which one is meant must be said"
+        object.__setattr__(self, "weights", self.weights or self.format.weights)
 
     def __str__(self) -> str:
-        return self.folder
+        return self.file if self.format.shares_folders else self.folder
 
     @property
-    def inner_folder(self) -> str:
-        """The folder inside the repository, empty for the repository itself."""
-        assert self.repository is not None
-        return self.folder.removeprefix(self.repository).strip("/")
+    def file(self) -> str:
+        """The path of its weights."""
+        return f"{self.folder}/{self.weights}"
 
-    def path_of(self, file: str) -> str:
-        """Return the path of one of its files inside the repository."""
-        return f"{self.inner_folder}/{file}".lstrip("/")
+    @property
+    def inner_path(self) -> str:
+        """What names it inside the repository: its folder, empty for the repository itself, or its weights."""
+        assert self.repository is not None
+        return str(self).removeprefix(self.repository).strip("/")
+
+    def fetch(self, file: str) -> FetchedFile:
+        """Return one of its files on this machine; raises MissingInput where it cannot be had from the hub."""
+        if self.repository is None:
+            return FetchedFile(Path(self.folder) / file, None)
+        return fetch_file(self.repository, f"{self.folder}/{file}".removeprefix(f"{self.repository}/"))
 
 
 def find_places(source: str) -> list[Place]:
@@ -53,10 +64,6 @@ def find_places(source: str) -> list[Place]:
     Raises MissingInput where there is none, UnsupportedFormat for sources and files that are not read, InvalidInput
     for a folder that could be of several formats.
     """
-    if source.startswith(_OTHER_HOMES):
-        raise UnsupportedFormat(
-            explain(f"{source} is not read yet", accepted="a local path, or owner/repo/path on the hub")
-        )
     local = Path(source).expanduser()
     if local.exists():
         return _ordered(_local_places(local))
@@ -76,10 +83,10 @@ def _local_places(local: Path) -> list[Place]:
     """Return the folder itself, or every one below that has an SAE; paths are absolute, so that the release is seen."""
     if local.is_file():
         return [_place_of_file(local.parent.resolve() / local.name)]
-    if place := _place_at(local):
-        return [place]
+    if places := _places_at(local):
+        return places
     folders = {_above(path, format_) for format_ in FORMATS for path in local.rglob(format_.weights)}
-    found = [place for folder in folders if (place := _place_at(folder))]
+    found = [place for folder in folders for place in _places_at(folder)]
     if not found:
         raise _nothing_in(local)
     return found
@@ -89,17 +96,25 @@ def _place_of_file(path: Path) -> Place:
     format_ = format_of_file(path.as_posix())
     if format_ is None:
         raise _not_read(str(path))
-    folder = _above(path, format_)
-    config = {format_.config} if format_.config and (folder / format_.config).is_file() else set()
-    recognise(folder.as_posix(), {format_.weights, *config})
-    return Place(folder.as_posix(), format=format_)
+    folder, weights = format_.taken_apart(path.as_posix())
+    config = {format_.config} if format_.config and (Path(folder) / format_.config).is_file() else set()
+    recognise(folder, {weights, *config})
+    return Place(folder, format=format_, weights=weights)
 
 
-def _place_at(folder: Path) -> Place | None:
-    names = {name for format_ in FORMATS for name in (format_.weights, format_.config) if name}
-    there = {name for name in names if (folder / name).is_file()}
-    format_ = recognise(folder.as_posix(), there)
-    return Place(folder.resolve().as_posix(), format=format_) if format_ else None
+def _places_at(folder: Path) -> list[Place]:
+    """Return the SAEs whose folder this is."""
+    patterns = {name for format_ in FORMATS for name in (format_.weights, format_.config) if name}
+    found = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    return _places_in(folder.resolve().as_posix(), {path.relative_to(folder).as_posix() for path in found})
+
+
+def _places_in(folder: str, files: Collection[str], repository: str | None = None) -> list[Place]:
+    recognised = recognise(folder, files)
+    if recognised is None:
+        return []
+    format_, weights = recognised
+    return [Place(folder, repository, format=format_, weights=one) for one in weights]
 
 
 def _above(path: Path, format_: Format) -> Path:
@@ -127,11 +142,18 @@ def _not_read(what: str) -> UnsupportedFormat:
 def _matching_places(pattern: str) -> list[Place]:
     named = format_of_file(pattern)
     wanted, canonical = _without_canonical(pattern.removesuffix(f"/{named.weights}") if named else pattern)
-    found = [place for match in glob.glob(wanted) if (place := _place_at(Path(match)))]  # noqa: PTH207
+    found = [place for match in glob.glob(wanted) for place in _places_named(Path(match))]  # noqa: PTH207
     if not canonical:
         return found
     nearest = set(nearest_canonical(place.folder for place in found))
     return [place for place in found if place.folder in nearest]
+
+
+def _places_named(path: Path) -> list[Place]:
+    """Return the SAEs that one match of a glob names: those of a folder, or that of a file of weights."""
+    if path.is_file():
+        return [_place_of_file(path.parent.resolve() / path.name)] if format_of_file(path.as_posix()) else []
+    return _places_at(path)
 
 
 def _on_the_hub(source: str) -> list[Place]:
@@ -139,10 +161,12 @@ def _on_the_hub(source: str) -> list[Place]:
     named = format_of_file(source)
     wanted, canonical = _without_canonical(source.removesuffix(f"/{named.weights}") if named else source)
     if not glob.has_magic(wanted):
-        folder = wanted.rstrip("/")
-        return [Place(folder, repository, format=named or _format_on_the_hub(repository, folder))]
+        if named:
+            folder, weights = named.taken_apart(source)
+            return [Place(folder, repository, format=named, weights=weights)]
+        return _ordered(_folder_on_the_hub(repository, wanted.rstrip("/")))
     found = _places_of(repository)
-    places = [place for place in found if _matches(place.folder, wanted)]
+    places = [place for place in found if _matches(place.folder, wanted) or _matches(place.file, wanted)]
     if not places:
         raise MissingInput(explain(f"Nothing in {repository} matches {source}", accepted=f"folders with {_ACCEPTED}"))
     nearest = set(nearest_canonical(place.folder for place in found))
@@ -150,31 +174,30 @@ def _on_the_hub(source: str) -> list[Place]:
     return _ordered(replace(place, canonical=place.folder in nearest) for place in chosen)
 
 
-def _format_on_the_hub(repository: str, folder: str) -> Format:
-    """Return a folder's format: by its name, by what the cache has of it, or by the repository's list of files."""
+def _folder_on_the_hub(repository: str, folder: str) -> list[Place]:
+    """Return a folder's SAEs: by its name, by what the cache has of it, or by the repository's list of files."""
     if read_name(folder):
-        return GEMMA_SCOPE
+        return [Place(folder, repository)]
     inner = folder.removeprefix(f"{repository}/")
-    names = {name for format_ in FORMATS for name in (format_.weights, format_.config) if name}
+    named = [format_ for format_ in FORMATS if not format_.shares_folders]  # the cache tells nothing of the others
+    names = {name for format_ in named for name in (format_.weights, format_.config) if name}
     cached = {name for name in names if is_cached(repository, f"{inner}/{name}")}
-    if any({format_.weights, format_.config} - {None} <= cached for format_ in FORMATS):
-        found = recognise(folder, cached)
-        assert found, "one of them is complete"
-        return found
+    if any({format_.weights, format_.config} - {None} <= cached for format_ in named):
+        return _places_in(folder, cached, repository)
     listed = {path.removeprefix(f"{inner}/") for path in list_release(repository) if path.startswith(f"{inner}/")}
-    if format_ := recognise(folder, listed):
-        return format_
+    if places := _places_in(folder, listed, repository):
+        return places
     raise MissingInput(explain(f"The folder {folder} holds no SAE that is read", accepted=_ACCEPTED))
 
 
 def _places_of(repository: str) -> list[Place]:
     """Return the place of every file of weights in a repository."""
-    listed = set(list_release(repository))
-    return [
-        Place(f"{repository}/{path}".removesuffix(f"/{format_.weights}"), repository, format=format_)
-        for path in listed
-        if (format_ := format_of_file(path))
-    ]
+    found = []
+    for path in sorted(set(list_release(repository))):
+        if format_ := format_of_file(path):
+            folder, weights = format_.taken_apart(f"{repository}/{path}")
+            found.append(Place(folder, repository, format=format_, weights=weights))
+    return found
 
 
 def _without_canonical(pattern: str) -> tuple[str, bool]:
@@ -191,6 +214,6 @@ def _ordered(places: Iterable[Place]) -> list[Place]:
     """Return the places by their folders' names, with numbers compared as numbers: layer_2 before layer_10."""
 
     def key(place: Place) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", place.folder)]
+        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", place.file)]
 
     return sorted(places, key=key)

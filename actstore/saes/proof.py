@@ -1,12 +1,13 @@
-"""Proof that an SAE reads the site it claims, from the first plain rows of a run.
+"""Proof that an SAE reads the site it claims and writes the one it claims, from the first plain rows of a run.
 
-FVU, the fraction of variance unexplained, is Σ‖x − x_hat‖² / Σ‖x − mean‖² with the rows' mean per dimension. Nothing
-raises when an SAE is fed the wrong tensor, but its FVU says so: it explains its own site and no other.
+FVU, the fraction of variance unexplained, is Σ‖y − x_hat‖² / Σ‖y − mean‖² over the rows y that are reconstructed, with
+their mean per dimension. Nothing raises when an SAE is fed the wrong tensor, but its FVU says so: it explains its own
+site and no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,24 @@ _TILE_ROWS = 1024
 
 
 @dataclass(frozen=True)
+class _Pair:
+    """What an SAE would read and write; `write` is None for what reconstructs what it reads."""
+
+    read: Site
+    write: Site | None = None
+
+    def __str__(self) -> str:
+        return str(self.read) if self.write is None else f"{self.read}>{self.write}"
+
+    def beside(self, declared: _Pair) -> str:
+        """Return what is other than declared, for a sentence."""
+        if self.write is None:
+            return str(self.read)
+        parts = [f"reading {self.read}"] if self.read != declared.read else []
+        return " and ".join(parts + ([f"writing {self.write}"] if self.write != declared.write else []))
+
+
+@dataclass(frozen=True)
 class _Fit:
     """How well an SAE explains some rows."""
 
@@ -40,17 +59,21 @@ class _Fit:
     dead_share: float  # features that fired nowhere
 
 
-def sae_health(encoder: SaeEncoder, plain_rows: torch.Tensor) -> list[HealthCheck]:
+def sae_health(encoder: SaeEncoder, plain_rows: torch.Tensor, targets: torch.Tensor | None = None) -> list[HealthCheck]:
     """Return what can be said of an SAE at its site: rows (row, d_in) of any float dtype, plain rows only.
+
+    targets (row, d_out): the same rows of the site that a transcoder writes.
 
     FVU below 1, mean L0 within a factor of 3 of the declared one, some feature alive, all rows finite; from the weights
     alone decoder rows of norm 1, where they are promised, and positive thresholds, where there are any. With fewer than
-    1,024 rows `ok` is None where it depends on them. Decides nothing: the caller refuses what is not ok.
+    1,024 rows `ok` is None where it depends on them. Decides nothing: the caller refuses what is not ok. Of one layer
+    of several, whose reconstruction is a sum over layers, there is no FVU here: see `LayerSums`.
     """
     coder, sae = encoder.coder, encoder.coder.identity.sae
-    fit = _fit(encoder, plain_rows)
+    fit = _fit(encoder, plain_rows, targets)
     declared = coder.identity.declared_l0
-    n_broken = int((~plain_rows.isfinite()).any(dim=1).sum())
+    broken = ~plain_rows.isfinite().all(dim=1)
+    n_broken = int((broken if targets is None else broken | ~targets.isfinite().all(dim=1)).sum())
     proved = len(plain_rows) >= ROWS_NEEDED
 
     def by_rows(name: str, value: float, expected: str, ok: bool) -> HealthCheck:
@@ -58,7 +81,7 @@ def sae_health(encoder: SaeEncoder, plain_rows: torch.Tensor) -> list[HealthChec
 
     checks = [
         HealthCheck("sae_finite_rows", sae, float(n_broken), "0 rows with NaN or infinity", n_broken == 0),
-        by_rows("sae_fvu", fit.fvu, "at most 1", fit.fvu <= 1),
+        *([] if coder.is_partial else [by_rows("sae_fvu", fit.fvu, "at most 1", fit.fvu <= 1)]),
         by_rows("sae_dead_share", fit.dead_share, "below 1", fit.dead_share < 1),
         *_weight_checks(coder),
     ]
@@ -80,50 +103,79 @@ def _weight_checks(coder: SparseCoder) -> list[HealthCheck]:
     return checks
 
 
-def compete(encoder: SaeEncoder, candidates: Mapping[Site, torch.Tensor]) -> list[HealthCheck]:
+def compete(
+    encoder: SaeEncoder, reads: Mapping[Site, torch.Tensor], writes: Mapping[Site, torch.Tensor] | None = None
+) -> list[HealthCheck]:
     """Return the FVU of an SAE at every candidate site, its own among them: (row, d_in) of the same plain rows each.
 
+    writes (row, d_out): the candidates of what a transcoder writes. It competes at every site to read with its own to
+    write, at every site to write with its own to read, and with both of its sites in another layer.
     Not ok is a site that beats the declared one by more than 5 %, and the declared one where its FVU exceeds 1 or
     it is beaten; the message names the better site. With fewer than 1,024 rows `ok` is None.
-    Raises InvalidInput where the declared site is not among the candidates.
+    Raises InvalidInput where a declared site is not among the candidates.
     """
-    declared = parse_site(encoder.coder.identity.site)
-    if declared not in candidates:
-        raise InvalidInput(explain(f"The declared site {declared} is not among the candidates", accepted=str(declared)))
-    fvus = {site: _fit(encoder, rows).fvu for site, rows in candidates.items()}
-    proved = len(candidates[declared]) >= ROWS_NEEDED
-    return [_verdict(encoder, declared, site, fvus, proved) for site in fvus]
+    identity, writes = encoder.coder.identity, writes or {}
+    declared = _Pair(parse_site(identity.site), parse_site(identity.write_site) if identity.write_site else None)
+    for site, candidates in ((declared.read, reads), (declared.write, writes)):
+        if site and site not in candidates:
+            raise InvalidInput(explain(f"The declared site {site} is not among the candidates", accepted=str(site)))
+    fvus = {
+        pair: _fit(encoder, reads[pair.read], writes[pair.write] if pair.write else None).fvu
+        for pair in _pairs(declared, reads, writes)
+    }
+    proved = len(reads[declared.read]) >= ROWS_NEEDED
+    return [_verdict(encoder, declared, pair, fvus, proved) for pair in fvus]
 
 
-def _verdict(encoder: SaeEncoder, declared: Site, site: Site, fvus: Mapping[Site, float], proved: bool) -> HealthCheck:
-    subject, bar = f"{encoder.coder.identity.sae} @ {site}", WINS_BELOW * fvus[declared]
-    if site != declared:
-        expected, ok = f"at least {bar:.4g}, as {declared} is declared", not fvus[site] < bar
+def _pairs(declared: _Pair, reads: Iterable[Site], writes: Iterable[Site]) -> list[_Pair]:
+    pairs = [_Pair(read, declared.write) for read in reads]
+    if declared.write:
+        pairs += [_Pair(declared.read, write) for write in writes]
+        # A layer too high on both sides looks like no mistake on either.
+        pairs += [_Pair(read, write) for read in reads for write in writes if _moved(declared, read, write)]
+    return list(dict.fromkeys(pairs))
+
+
+def _moved(declared: _Pair, read: Site, write: Site) -> bool:
+    """Return whether two sites are the declared ones of another layer."""
+    own_read, own_write = declared.read, declared.write
+    if own_write is None or read.layer is None or own_read.layer is None or own_write.layer is None:
+        return False
+    step = read.layer - own_read.layer
+    return step != 0 and read.kind == own_read.kind and write == Site(own_write.kind, own_write.layer + step)
+
+
+def _verdict(
+    encoder: SaeEncoder, declared: _Pair, pair: _Pair, fvus: Mapping[_Pair, float], proved: bool
+) -> HealthCheck:
+    subject, bar = f"{encoder.coder.identity.sae} @ {pair}", WINS_BELOW * fvus[declared]
+    if pair != declared:
+        expected, ok = f"at least {bar:.4g}, as {declared} is declared", not fvus[pair] < bar
     else:
         better = min((other for other in fvus if fvus[other] < bar), key=lambda other: fvus[other], default=None)
-        beaten = f"; {better} explains it better (FVU {fvus[better]:.4g})" if better else ""
-        expected, ok = f"at most 1, and the lowest of all sites by 5 %{beaten}", fvus[site] <= 1 and better is None
-    return HealthCheck("sae_site", subject, fvus[site], expected, ok if proved else None)
+        beaten = f"; {better.beside(declared)} explains it better (FVU {fvus[better]:.4g})" if better else ""
+        expected, ok = f"at most 1, and the lowest of all sites by 5 %{beaten}", fvus[pair] <= 1 and better is None
+    return HealthCheck("sae_site", subject, fvus[pair], expected, ok if proved else None)
 
 
-def _fit(encoder: SaeEncoder, rows: torch.Tensor) -> _Fit:
+def _fit(encoder: SaeEncoder, rows: torch.Tensor, targets: torch.Tensor | None = None) -> _Fit:
     import torch
 
     if not len(rows):
         return _Fit(float("nan"), float("nan"), 1.0)
-    mean = rows.double().mean(dim=0)
+    written = rows if targets is None else targets
+    mean = written.double().mean(dim=0)
     alive = torch.zeros(encoder.coder.d_sae, dtype=torch.bool, device=encoder.device)
     unexplained = variance = firings = 0.0
-    for tile in _tiles(rows):
-        encoded = encoder.encode(tile)
+    for tile in _tiles(len(rows)):
+        encoded = encoder.encode(rows[tile], targets=None if targets is None else targets[tile])
         alive[encoded.features.long()] = True
         firings += float(encoded.reconstruction[:, 0].double().sum())
         unexplained += float(encoded.reconstruction[:, 2].double().pow(2).sum())
-        variance += float((tile.double() - mean).pow(2).sum())
+        variance += float((written[tile].double() - mean).pow(2).sum())
     fvu = unexplained / variance if variance else float("nan")
     return _Fit(fvu, firings / len(rows), 1 - float(alive.float().mean()))
 
 
-def _tiles(rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    for start in range(0, len(rows), _TILE_ROWS):
-        yield rows[start : start + _TILE_ROWS]
+def _tiles(n_rows: int) -> Iterator[slice]:
+    return (slice(first, first + _TILE_ROWS) for first in range(0, n_rows, _TILE_ROWS))

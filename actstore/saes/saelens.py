@@ -1,4 +1,8 @@
-"""SAELens folders: `cfg.json` and `sae_weights.safetensors`, as version 6 writes them and as older ones did."""
+"""SAELens folders: `cfg.json` and `sae_weights.safetensors`, as version 6 writes them and as older ones did.
+
+Transcoders take no part of b_dec from what they read. Their `hook_name` may be `hook_mlp_in`, which in TransformerLens
+is the residual stream before the norm, while they were trained on the norm's output: `hf_hook_name` says what is meant.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +28,16 @@ _TENSORS: Mapping[str, Mapping[str, str]] = {
     "jumprelu": _PLAIN | {"threshold": "threshold"},
     "topk": _PLAIN,
     "gated": _PLAIN | {"b_enc": "b_mag", "b_gate": "b_gate", "r_mag": "r_mag"},
+    "transcoder": _PLAIN,
+    "skip_transcoder": _PLAIN | {"w_skip": "w_skip"},
+    "jumprelu_transcoder": _PLAIN | {"threshold": "threshold"},
+    "jumprelu_skip_transcoder": _PLAIN | {"threshold": "threshold", "w_skip": "w_skip"},
 }
 _KEYS = frozenset(
     (
         "architecture",
         "d_in",
+        "d_out",
         "d_sae",
         "dtype",
         "device",
@@ -41,6 +50,8 @@ _KEYS = frozenset(
     )
 )
 _HOOKS = ("hook_name", "hook_point", "hf_hook_name")
+_OUT_HOOKS = ("hook_name_out", "hf_hook_name_out")
+_MLP_IN = re.compile(r"blocks\.(\d+)\.hook_mlp_in")
 _NORMALISATIONS = (Normalisation.NONE, Normalisation.LAYER_NORM, Normalisation.CONSTANT_NORM)
 _CENTRED_MODELS = re.compile(r"(?:.*/)?(?:distil)?(?:gpt2|gpt-neo|pythia|opt)\b.*")  # with a LayerNorm
 _OTHER_MODELS = re.compile(
@@ -63,23 +74,51 @@ def declare(config: Config, _folder: str) -> Declaration:
     architecture = _architecture(config, is_old)
     k = _k(config, is_old) if architecture == "topk" else None
     rescales = architecture == "topk" and config.flag("rescale_acts_by_decoder_norm", False)
-    sites = sites_of_hooks(*(described.text(name) for name in _HOOKS))
-    normalisation = _centred(described, sites, _normalisation(config))
-    subtracts = config.flag("apply_b_dec_to_input", True)
+    transcodes = architecture.endswith("transcoder")
+    sites, write_sites = _sites(described, transcodes)
+    normalisation = _centred(described, (*sites, *write_sites), _normalisation(config))
+    if transcodes and normalisation is not Normalisation.NONE:
+        config.faults.append(f"rows are normalised ({normalisation}), which is not read of a transcoder")
+    if transcodes:
+        config.require("apply_b_dec_to_input", False)
+    subtracts = not transcodes and config.flag("apply_b_dec_to_input", True)
+    tensors = _TENSORS.get(architecture, _PLAIN)
     return Declaration(
         _spelled(architecture, k, rescales, subtracts, normalisation),
-        _TENSORS.get(architecture, _PLAIN),
+        tensors,
         "safetensors W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_enc, b_dec; threshold for jumprelu; b_gate, b_mag and "
-        "r_mag instead of b_enc for gated",
+        "r_mag instead of b_enc for gated; W_dec (d_sae, d_out) for transcoders, with W_skip (d_out, d_in) for skip",
+        turned=frozenset({"w_skip"} & tensors.keys()),
         optional={"scaling_factor": "scaling_factor"},
         sites=sites,
+        transcodes=transcodes,
+        write_sites=write_sites,
         d_in=config.count("d_in"),
+        d_out=config.count("d_out"),
         d_sae=config.count("d_sae"),
         k=k,
         subtracts_b_dec=subtracts,
         normalisation=normalisation,
         fold=partial(_fold, architecture=architecture, rescales=rescales),
     )
+
+
+def _sites(described: Config, transcodes: bool) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+    """Return the sites that are read and, of a transcoder, written; more than one where it is ambiguous.
+
+    `hook_mlp_in` of a transcoder says nothing that `hf_hook_name` does not say better; alone it could be any of three.
+    """
+    names = [described.text(name) for name in _HOOKS]
+    out = [described.text(name) for name in _OUT_HOOKS]
+    if not transcodes:
+        if different := set(out) - {"", *names}:
+            described.faults.append(f"hook_name_out is {min(different)[:80]!r}, and it is no transcoder")
+        return sites_of_hooks(*names), ()
+    said = sites_of_hooks(*(name for name in names if not _MLP_IN.fullmatch(name)))
+    unclear = next((found for name in names if (found := _MLP_IN.fullmatch(name))), None)
+    if unclear and not said:
+        said = tuple(Site(kind, int(unclear[1])) for kind in ("ln2", "ln2_normalized", "resid_mid"))
+    return said, sites_of_hooks(*out)
 
 
 def _architecture(config: Config, is_old: bool) -> str:
@@ -148,7 +187,7 @@ def _fold(arrays: Arrays, *, architecture: str, rescales: bool) -> Arrays:
     scaling = arrays.pop("scaling_factor", None)
     if scaling is not None and not np.all(scaling == 1):
         raise Unreadable(["scaling_factor is not 1 everywhere, and scaled features are not read"])
-    if architecture == "jumprelu":
+    if architecture.startswith("jumprelu"):
         return arrays
     if architecture == "gated":
         return gate_as_threshold(arrays)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import ml_dtypes
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from .npz import Unreadable
 
-__all__ = ["TensorHeader", "read_tensor_headers", "read_tensors"]
+__all__ = ["TensorHeader", "map_tensor", "read_tensor_headers", "read_tensors"]
 
 _LARGEST_HEADER_BYTES = 1 << 24
 _LENGTH_BYTES = 8
@@ -38,6 +38,11 @@ class TensorHeader:
     shape: tuple[int, ...]
     first: int  # byte in the file
     n_bytes: int
+    place: int | None = None  # in the second axis, where only this is to be read
+
+    def at(self, place: int) -> TensorHeader:
+        """Return the header of one place in the second of three axes: (a, b, c) is read as (a, c)."""
+        return replace(self, place=place)
 
     def faults(self, name: str) -> list[str]:
         """Return what is wrong with the type and the size, without reading the tensor."""
@@ -66,12 +71,20 @@ def read_tensors(file: IO[bytes], headers: Mapping[str, TensorHeader]) -> dict[s
     """Return the tensors as float32; float16 and bfloat16 are widened exactly."""
     arrays = {}
     for name, header in headers.items():
+        if header.place is not None:
+            arrays[name] = np.array(map_tensor(file, header)[:, header.place], dtype=np.float32, order="C")
+            continue
         file.seek(header.first)
         read = np.fromfile(file, _DTYPES[header.type], math.prod(header.shape))
         if read.nbytes != header.n_bytes:
             raise Unreadable([f"{name} is cut short"])
         arrays[name] = read.reshape(header.shape).astype(np.float32, copy=False)
     return arrays
+
+
+def map_tensor(file: IO[bytes], header: TensorHeader) -> npt.NDArray[Any]:
+    """Return a tensor as it lies in the file, in its type there: what is not looked at is not read."""
+    return np.memmap(file, _DTYPES[header.type], "r", header.first, header.shape)
 
 
 def _parsed(text: bytes) -> dict[str, Any]:

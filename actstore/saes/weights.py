@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,13 +30,16 @@ class Weights(Generic[Header]):
 
 
 @contextmanager
-def open_weights(file: io.BufferedReader, suffix: str) -> Iterator[Weights[Any]]:
-    """Read the headers of an open `.npz`, `.pt` or `.safetensors`; raises Unreadable or BadZipFile for others."""
+def open_weights(file: io.BufferedReader, suffix: str, values: Collection[str] = ()) -> Iterator[Weights[Any]]:
+    """Read the headers of an open `.npz`, `.pt` or `.safetensors`; raises Unreadable or BadZipFile for others.
+
+    values: keys of a `.pt` that are no arrays, and are left out.
+    """
     n_bytes = os.fstat(file.fileno()).st_size
     if suffix == ".npz":
         with zipfile.ZipFile(file) as archive:
             yield Weights(read_headers(archive, n_bytes), partial(read_arrays, archive))
     elif suffix == ".pt":
-        yield Weights(read_pickled_headers(file, n_bytes), partial(read_pickled, file))
+        yield Weights(read_pickled_headers(file, n_bytes, values), partial(read_pickled, file))
     else:
         yield Weights(read_tensor_headers(file, n_bytes), partial(read_tensors, file))
