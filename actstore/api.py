@@ -14,6 +14,7 @@ from .errors import InvalidInput, MissingInput, QueryError, UnknownName, explain
 from .index import Catalog, Connection, Part, load_catalog, open_index, plain_connection
 from .lenses import Functions
 from .named import named_query
+from .progress import Report, silent
 from .results import Result, distinct_names
 from .store import StoreReader
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     import duckdb
     import scipy.sparse
     import zarr
+
+    from .exports import Exported
+    from .loader import RowLoader
 
 __all__ = ["Activations", "SiteView", "Store"]
 
@@ -221,11 +225,61 @@ class Store:
     def _width(self, sae: str) -> int:
         return next(int(row["width"]) for row in self.reader.saes if row["sae"] == sae)
 
-    def lens(self, lens: str = "logit", *, doc: int, k: int = 1) -> Result:
-        """Return the lens of every stored residual site over a document: site, layer, pos, row, rank, token, logprob.
+    def export(
+        self, what: Sequence[str], *, format: str, out: str | Path, report: Report = silent, **options: Any
+    ) -> Exported:
+        """Write part of the store for other tools, to a file or directory that is not there yet.
 
-        Computed from the stored residual streams and the kit. Raises UnknownName for another lens or document.
+        format: `parquet` (tables, SAE ids, `all`), `anndata` (one SAE; by="token" or "document", reduce="max"),
+        `neuronpedia` (one SAE), `safetensors` (sites) or `npy` (one site; both plain=True, dtype="float32").
+        Raises UnknownName, InvalidInput or MissingDependency; nothing is left behind then.
         """
-        if lens != "logit":
-            raise unknown_name("lens", lens, ["logit"])
-        return self.query("logit_lens", {"doc": doc, "k": k})
+        from .exports import Source, export
+
+        source = Source(self.url, self.reader, lambda: (self.catalog, self._connection))
+        return export(source, what, form=format, out=out, report=report, **options)
+
+    def lens(
+        self,
+        lens: str = "logit",
+        *,
+        doc: int,
+        k: int = 1,
+        sites: str = "resid_*",
+        folder: str | Path | None = None,
+        allow_pt: bool = False,
+    ) -> Result:
+        """Return a lens at stored residual sites over a document: site, layer, pos, row, input, rank, token, logprob.
+
+        "logit", or "tuned" with the `folder` of a tuned lens, published or fitted here; computed from the stored
+        residual streams and the kit. Raises UnknownName for another lens, site or document, InvalidInput for a lens of
+        another model, UnsupportedFormat for a folder that is not read.
+        """
+        known = ["logit"] if folder is None else ["tuned"]
+        if lens not in known:
+            next_step = 'store.lens("tuned", doc=…, folder=…) with the folder of a tuned lens'
+            raise unknown_name("lens", lens, known, next_step=next_step)
+        if folder is None:
+            return self.query("logit_lens", {"doc": doc, "k": k, "sites": sites})
+        from .lenses.tuned import TunedLens, lens_table
+
+        self._must_exist("doc", doc)
+        place = self.sql("SELECT seq, pos, row, token AS input FROM tokens WHERE doc = ? ORDER BY row", [doc])
+        opened = TunedLens.open(folder, allow_pt=allow_pt)
+        return Result(lens_table(self.functions, opened, sites, place.table, k))
+
+    def loader(self, sites: str | Sequence[str], batch_rows: int = 4096, seed: int = 0, **options: Any) -> RowLoader:
+        """Return a torch DataLoader over the rows of stored sites, shuffled, every row once an epoch.
+
+        A batch is a float32 tensor (row, width); of several sites, or `with_rows=True`, a dict of aligned tensors by
+        site and int64 `row`. Special, template and repeated tokens are left out, and filler always is.
+        `state_dict` and `load_state_dict` resume exactly. Options, with those of torch's DataLoader: plain_only,
+        with_rows, dtype, buffer_shards, drop_last, rank, world_size, num_workers; see `actstore.loader.make_loader`.
+        Raises UnknownName for a site that is not stored, InvalidInput for numbers that cannot be.
+        """
+        from .loader import make_loader
+
+        names = [sites] if isinstance(sites, str) else list(sites)
+        for site in names:
+            self._must_exist("site", site)
+        return make_loader(self.reader, sites, batch_rows, seed, **options)

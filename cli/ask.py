@@ -91,11 +91,24 @@ def queries(name: str | None, as_json: bool) -> None:
 @click.option("--sites", default="resid_post.*", show_default=True, help="Which sites, as a pattern.")
 @click.option("--first", type=int, default=0, show_default=True, help="First position shown.")
 @click.option("--last", type=int, help="Last position shown.")
+@click.option("--tuned", type=click.Path(path_type=Path), help="The folder of a tuned lens [the logit lens].")
+@click.option("--allow-pt", is_flag=True, help="Read a tuned lens from params.pt too (torch.load, weights only).")
 @json_option
-def lens(store: str, doc: int, k: int, sites: str, first: int, last: int | None, as_json: bool) -> None:
-    """What each layer would predict at each token of a document of STORE: the logit lens."""
+def lens(
+    store: str,
+    doc: int,
+    k: int,
+    sites: str,
+    first: int,
+    last: int | None,
+    tuned: Path | None,
+    allow_pt: bool,
+    as_json: bool,
+) -> None:
+    """What each layer would predict at each token of a document of STORE: the logit lens, or a tuned one."""
     with actstore.open(store) as opened:
-        result = opened.query("logit_lens", {"doc": doc, "k": k, "sites": sites})
+        kind = "tuned" if tuned else "logit"
+        result = opened.lens(kind, doc=doc, k=k, sites=sites, folder=tuned, allow_pt=allow_pt)
     if as_json or k > 1:
         print_result(result, _form(as_json))
     else:

@@ -22,11 +22,12 @@ from .unembed import Unembed
 __all__ = ["Functions"]
 
 FIRINGS_TYPE = pa.list_(pa.struct([("feature", pa.int32()), ("activation", pa.float32())]))
+EDGES_TYPE = pa.list_(pa.struct([("head", pa.int32()), ("key_row", pa.int64()), ("weight", pa.float32())]))
 LENS_TYPE = pa.list_(pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("logprob", pa.float32())]))
 
 
 class Functions:
-    """`act`, `firings`, `logit_lens`, `snippet` and `token_id` over one snapshot of a store."""
+    """`act`, `firings`, `edges`, `logit_lens`, `snippet` and `token_id` over one snapshot of a store."""
 
     def __init__(self, reader: StoreReader) -> None:
         self.reader = reader
@@ -38,6 +39,12 @@ class Functions:
         return (
             SqlFunction("act", self.act, ("VARCHAR", "BIGINT"), "FLOAT[]"),
             SqlFunction("firings", self.firings, ("VARCHAR", "BIGINT"), "STRUCT(feature INTEGER, activation FLOAT)[]"),
+            SqlFunction(
+                "edges",
+                self.edges,
+                ("INTEGER", "BIGINT"),
+                "STRUCT(head INTEGER, key_row BIGINT, weight FLOAT)[]",
+            ),
             SqlFunction(
                 "logit_lens",
                 self.logit_lens,
@@ -55,6 +62,10 @@ class Functions:
     def firings(self, saes: pa.Array, rows: pa.Array) -> pa.Array:
         """Return the features that fire on each row, by feature, from the token-major firings."""
         return _by_name(saes, rows, FIRINGS_TYPE, self._firings)
+
+    def edges(self, layers: pa.Array, rows: pa.Array) -> pa.Array:
+        """Return all stored edges of each row in a layer: by head, heaviest first, however light."""
+        return _by_name(layers, rows, EDGES_TYPE, self._edges)
 
     def logit_lens(self, sites: pa.Array, rows: pa.Array, ks: pa.Array) -> pa.Array:
         """Return the k likeliest tokens of each row at a stored site of the residual stream, likeliest first."""
@@ -108,6 +119,23 @@ class Functions:
             orders.append(here)
             parts.append(_slices(self.reader.firings_cached(sae, int(shard)), places[here]))
         return _in_order(parts, orders, FIRINGS_TYPE)
+
+    def _edges(self, layer: int, rows: npt.NDArray[np.int64]) -> pa.Array:
+        known = [one.removeprefix("attention/") for one in self.reader.layout.artifacts if one.startswith("attention/")]
+        if str(layer) not in known:
+            next_step = "add it: actstore extract MODEL --into STORE --attention-top K"
+            raise unknown_name("layer of stored attention", str(layer), sorted(known, key=int), next_step=next_step)
+        weights = self.reader.gather(f"attention/{layer}/weights", rows)
+        offsets = self.reader.gather(f"attention/{layer}/offsets", rows)
+        places, heads, ranks = np.nonzero(offsets >= 0)
+        fields = [
+            pa.array(heads.astype(np.int32)),
+            pa.array(rows[places] - offsets[places, heads, ranks]),
+            pa.array(weights[places, heads, ranks]),
+        ]
+        values = pa.StructArray.from_arrays(fields, fields=list(EDGES_TYPE.value_type))
+        bounds = np.searchsorted(places, np.arange(len(rows) + 1)).astype(np.int32)
+        return pa.ListArray.from_arrays(bounds, values)
 
     def _must_have_sae(self, sae: str) -> None:
         stored = [one.removeprefix("firings/") for one in self.reader.layout.artifacts if one.startswith("firings/")]
