@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PARITY := .venv-saelens
 
-.PHONY: demo test quick lint types bench clean
+.PHONY: demo test quick lint types parity bench clean
 
 demo: $(STAMP)
 	$(BIN)/actstore demo demo.act
 
-test: lint types $(STAMP)
+test: lint types $(STAMP) parity
 	$(BIN)/pytest
 
 quick: lint types $(STAMP)
@@ -22,6 +23,14 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# The same SAEs and sites by sae-lens and transformer-lens themselves, in an environment of their own.
+parity: $(PARITY)/.installed
+	$(PARITY)/bin/python -m pytest tests/parity
+
+$(PARITY)/.installed: $(STAMP) constraints-saelens.txt tools/setup_saelens.sh
+	sh tools/setup_saelens.sh $(VENV) $(PARITY)
+	touch $@
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/query.py
@@ -32,4 +41,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo.act .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(PARITY) build *.egg-info demo.act .mypy_cache .ruff_cache .pytest_cache

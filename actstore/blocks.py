@@ -1,7 +1,8 @@
 """What travels: arrays that a pass makes for one shard, and the declarations of what it will make.
 
 The extraction loop fills blocks and hands them to a writer; the writer knows the format, the loop does not.
-Axes: `row` is a token of a sequence; every matrix here is (row, column) over the whole shard, filler included.
+Axes: `row` is a token of a sequence; every matrix here is (row, column), or (row, head, column), over the whole shard,
+filler included.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import numpy.typing as npt
 from .errors import InvalidInput, explain
 
 __all__ = [
+    "ATTENTION_VALUES",
     "FLAG_REPEAT",
     "FLAG_SPECIAL",
     "FLAG_TEMPLATE",
+    "HEAD_METRICS",
     "LENS_IDS",
     "LENS_VALUES",
     "PREDICTION_IDS",
@@ -43,6 +46,8 @@ PREDICTION_IDS = ("target_id", "top1_id")  # target_id is -1 on a sequence's las
 RECONSTRUCTION_VALUES = ("l0", "norm", "error_norm")
 LENS_VALUES = ("target_logprob", "entropy", "kl_to_final")  # then the k log-probabilities
 LENS_IDS = ("target_rank",)  # then the k token ids; target_rank is -1 on a sequence's last row
+HEAD_METRICS = ("entropy", "previous_token", "self_attention", "bos_attention", "induction")
+ATTENTION_VALUES = ("kept_weight", *HEAD_METRICS)
 
 Matrix = npt.NDArray[Any]
 
@@ -71,7 +76,10 @@ def _refuse_path(name: str) -> None:
 
 @dataclass(frozen=True)
 class MatrixSpec:
-    """A row-keyed matrix of the store: its path below `arrays/`, its columns and its type."""
+    """A row-keyed matrix of the store: its path below `arrays/`, its columns and its type.
+
+    With `n_heads` it is (row, head, column): so many columns for every head of a layer.
+    """
 
     path: str
     n_columns: int
@@ -79,9 +87,20 @@ class MatrixSpec:
     column_axis: str  # the second dimension's name
     columns: tuple[str, ...] = ()  # names of the columns where they have any
     per_column_chunks: bool = False  # each column compressed alone: for columns of unlike content
+    n_heads: int | None = None
 
     def __post_init__(self) -> None:
         _refuse_path(self.path)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row: (column), or (head, column)."""
+        return (self.n_columns,) if self.n_heads is None else (self.n_heads, self.n_columns)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of all dimensions."""
+        return ("row", self.column_axis) if self.n_heads is None else ("row", "head", self.column_axis)
 
 
 @dataclass(frozen=True)

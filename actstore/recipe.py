@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from .errors import InvalidInput, explain
 from .sealed import digest_of
 
-__all__ = ["NOTHING_ASKED", "CorpusIdentity", "ModelIdentity", "Recipe", "SaeIdentity"]
+__all__ = ["NOTHING_ASKED", "CorpusIdentity", "ModelIdentity", "Recipe", "SaeIdentity", "refuse_same_ids"]
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -85,15 +85,7 @@ class Recipe:
                 raise InvalidInput(explain(f"The {name} dtype {value!r} is not known", accepted=accepted))
         if not (self.sites or self.saes or self.lens_sites or self.attention_top):
             raise InvalidInput(NOTHING_ASKED)
-        ids = [coder.sae for coder in self.saes]
-        if twice := {sae for sae in ids if ids.count(sae) > 1}:
-            raise InvalidInput(
-                explain(
-                    f"The SAE id {min(twice)!r} is given twice",
-                    accepted="ids that differ",
-                    next_step="name one of them yourself: --sae ANOTHER_ID=SOURCE",
-                )
-            )
+        refuse_same_ids([coder.sae for coder in self.saes])
 
     @property
     def digest(self) -> str:
@@ -127,6 +119,18 @@ class Recipe:
         """Return the fields that differ, `{"corpus.context": (self's, other's)}`."""
         mine, theirs = _flat(self.to_json()), _flat(other.to_json())
         return {key: (mine.get(key), theirs.get(key)) for key in mine | theirs if mine.get(key) != theirs.get(key)}
+
+
+def refuse_same_ids(ids: Sequence[str]) -> None:
+    """Raise InvalidInput where two SAEs of one pass have the same id."""
+    if twice := {sae for sae in ids if ids.count(sae) > 1}:
+        raise InvalidInput(
+            explain(
+                f"The SAE id {min(twice)!r} is given twice",
+                accepted="ids that differ",
+                next_step="name one of them yourself: --sae ANOTHER_ID=SOURCE",
+            )
+        )
 
 
 _LATER = {

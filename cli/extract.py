@@ -35,11 +35,21 @@ Examples:
 )
 @click.option("--lens", "lens_k", type=int, default=0, metavar="K", help="Store the logit lens' K likeliest tokens.")
 @click.option("--lens-site", "lens_sites", multiple=True, metavar="SITE", help="Where the lens reads [resid_post.*].")
+@click.option(
+    "--attention-top", type=int, default=0, metavar="K", help="Store the K heaviest keys of every layer, head and row."
+)
+@click.option(
+    "--attention-min", type=float, default=0.005, show_default=True, help="Weight below which an edge is not indexed."
+)
+@click.option(
+    "--neurons-top", type=int, default=64, show_default=True, help="Largest activations a row kept of --sae neurons:…"
+)
 @click.option("--predictions/--no-predictions", default=None, help="Store the model's own next-token result [yes].")
 @click.option("--context", type=int, help="Tokens of a window, BOS included [1024].")
 @click.option("--stride", type=int, help="Tokens between the beginnings of windows [context - 1: no overlap].")
 @click.option("--max-tokens", type=int, help="Stop after the document that reaches so many tokens.")
 @click.option("--text-field", default="text", show_default=True, help="Field of the dataset that holds the text.")
+@click.option("--chat-field", metavar="FIELD", help="Field that holds chat messages; the model's template is applied.")
 @click.option("--config", "dataset_config", help="Configuration of a hub dataset.")
 @click.option("--split", "dataset_split", help="Split of a hub dataset.")
 @click.option("--revision", help="Commit, tag or branch of a hub model.")
@@ -51,6 +61,7 @@ Examples:
     "--storage-dtype", type=click.Choice(["float32", "bfloat16"]), help="Dtype of stored sites [as computed]."
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--device-map", type=click.Choice(["auto"]), help="Spread a model over several devices (accelerate).")
 @click.option("--activation-bits", type=int, default=10, show_default=True, help="Mantissa bits kept of activations.")
 @click.option("--encode-special", is_flag=True, help="List firings of BOS and other special tokens too.")
 @click.option("--shard-rows", type=int, help="Rows of a shard [16384].")
@@ -112,6 +123,8 @@ def _plan(asked: dict[str, Any], as_json: bool) -> None:
         print_json({**vars(plan), "artifacts": sizes, "total_bytes": plan.total_bytes})
         return
     click.echo(f"{plan.n_documents} documents, {plan.n_rows} tokens, {plan.n_shards} shards")
+    if plan.edges_per_token:
+        click.echo(f"{plan.edges_per_token} edges of attention a token: layers x heads x keys kept")
     for name, n_bytes in [
         *((size.artifact, size.n_bytes) for size in plan.artifacts),
         ("index", plan.index_bytes),

@@ -13,7 +13,9 @@ from actstore.errors import ActstoreError, explain
 
 from .ask import info, lens, queries, query, sql, stats, top
 from .demo import demo
+from .export import export
 from .extract import extract
+from .fit import fit_lens
 from .keep import drop, gc, index, label, verify
 
 __all__ = ["main"]
@@ -48,5 +50,22 @@ def main() -> None:
     """Run a language model over a dataset once; ask what happened inside it for ever, without model or GPU."""
 
 
-for command in (demo, extract, info, sql, query, queries, lens, top, stats, index, verify, gc, drop, label):
+for command in (
+    demo,
+    extract,
+    info,
+    sql,
+    query,
+    queries,
+    lens,
+    top,
+    stats,
+    index,
+    verify,
+    gc,
+    drop,
+    label,
+    export,
+    fit_lens,
+):
     main.add_command(command)

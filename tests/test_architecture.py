@@ -17,9 +17,9 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(GROUND, 0),
     **dict.fromkeys(ROOMS, 1),
     **dict.fromkeys(("extraction", "lenses"), 2),
-    **dict.fromkeys(("named", "results"), 2),  # values of the facade
-    "api": 3,
-    **dict.fromkeys(("info", "maintenance", "pictures"), 4),  # around the facade
+    **dict.fromkeys(("named", "results", "exports", "row_order"), 2),  # values of the facade
+    **dict.fromkeys(("api", "loader"), 3),
+    **dict.fromkeys(("info", "maintenance", "pictures", "lens_fitting"), 4),  # around the facade
     **dict.fromkeys(("service", "notebook", "demo", "testing"), 5),
     "": 6,  # actstore/__init__.py
     "cli": 7,
@@ -33,10 +33,10 @@ HOMES: dict[str, set[str]] = {
     "tokenizers": {"corpus"},
     "datasets": {"corpus"},
     "duckdb": {"index"},
-    "zarr": {"store"},
+    "zarr": {"store", "exports"},
     "numcodecs": {"store"},
     "fsspec": {"store"},
-    "safetensors": {"saes"},
+    "safetensors": {"saes", "lenses"},
     "zipfile": {"saes", "store"},
     "huggingface_hub": {"models", "saes", "corpus"},
     "click": {"cli"},

@@ -167,7 +167,7 @@ def test_an_sae_that_is_missing_or_says_no_site(made: Path, tmp_path: Path) -> N
     refused(InvalidInput, ValueError, "which site", "@resid_post.12", saes=[str(plain)], **options)
     refused(UnknownName, LookupError, "resid_post.40", saes=[f"x={plain}@resid_post.40"], **options)
     refused(InvalidInput, ValueError, "twice", saes=[f"x={plain}@resid_post.1", f"x={plain}@resid_post.2"], **options)
-    refused(UnsupportedFormat, ValueError, "saelens:", "not read yet", saes=["saelens:a/b"], **options)
+    refused(UnknownName, LookupError, "20-gemmascope-res-16k", saes=["neuronpedia:gemma-2-2b/20-gemmascope"], **options)
     assert files_of(made) == before
 
 

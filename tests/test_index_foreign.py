@@ -28,6 +28,7 @@ from actstore.index import (
     read_catalog,
     verify_index,
 )
+from actstore.index.catalog import FORMAT
 from actstore.index.parts import sha256_of
 from actstore.sealed import seal, sha256_hex
 
@@ -58,7 +59,7 @@ def publish(directory: Path, body: dict[str, Any], name: str = "catalog-900.json
 
 def body_of(catalog: Catalog) -> dict[str, Any]:
     parts = [copy.deepcopy(part.to_json()) for part in catalog.parts]
-    return {"format": 1, "number": 900, "next_number": 901, "parts": parts}
+    return {"format": FORMAT, "number": 900, "next_number": 901, "parts": parts}
 
 
 def change(directory: Path, kind: str, *statements: str) -> Part:

@@ -31,7 +31,8 @@ SIZES: dict[str, Any] = {
 }
 TOKENS = {name: SIZES[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
 GPT_NEO = {"hidden_size": 24, "num_layers": 3, "num_heads": 6, "attention_types": [[["global"], 3]]}
-EVERYWHERE = {"resid_pre", "z", "attn_out_raw", "attn_out", "mlp_act", "mlp_out_raw", "mlp_out", "resid_post", "final"}
+EVERYWHERE = {"resid_pre", "pattern", "z", "attn_out_raw", "attn_out", "mlp_act", "mlp_out_raw", "mlp_out"}
+EVERYWHERE |= {"resid_post", "final"}
 IN_SEQUENCE = EVERYWHERE | {"resid_mid", "ln2", "ln2_normalized"}
 
 

@@ -21,6 +21,11 @@ GROUPS = [
 ]
 
 
+def flat_sites(model: LoadedModel) -> list[Site]:
+    """Return every site but patterns, which have two axes of positions: tests/test_attention_proof.py has them."""
+    return [site for site in model.sites() if site.kind != "pattern"]
+
+
 @pytest.fixture(scope="module", params=GROUPS)
 def model(request: pytest.FixtureRequest) -> LoadedModel:
     return load_model(tiny_model(**request.param))
@@ -33,7 +38,7 @@ def batch() -> Batch:
 
 def test_every_site_equals_what_the_model_computes(model: LoadedModel, batch: Batch) -> None:
     reference = reference_sites(model.causal_lm, *batch)
-    found = captured(model, *batch, *model.sites())
+    found = captured(model, *batch, *flat_sites(model))
     assert {str(site) for site in found} == reference.keys() - {"logits"}
     for site, values in found.items():
         assert values.dtype == torch.float32
@@ -45,7 +50,7 @@ def test_every_site_equals_what_the_model_computes(model: LoadedModel, batch: Ba
 
 def test_every_site_in_bfloat16_is_near_float32(batch: Batch) -> None:
     coarse, exact = load_model(tiny_model(dtype=torch.bfloat16)), load_model(tiny_model())
-    found, expected = (captured(one, *batch, *one.sites()) for one in (coarse, exact))
+    found, expected = (captured(one, *batch, *flat_sites(one)) for one in (coarse, exact))
     real = batch[1].bool()
     for site, values in found.items():
         assert values.dtype == torch.bfloat16
@@ -61,11 +66,11 @@ def test_sites_come_in_forward_order_with_their_widths(model: LoadedModel, batch
         order.append(site)
         widths[site] = values.shape[-1]
 
-    model.capture(*batch, reversed(model.sites()), deposit)
+    model.capture(*batch, reversed(flat_sites(model)), deposit)
     layer_inputs_once = [site for site in order if site.kind == "ln2_normalized"]
-    assert len(order) == len(set(order)) == len(model.sites()) and len(layer_inputs_once) == N_LAYERS
-    assert [site.layer for site in order] == [site.layer for site in model.sites()]
-    assert widths == {site: model.site_width(site) for site in model.sites()}
+    assert len(order) == len(set(order)) == len(flat_sites(model)) and len(layer_inputs_once) == N_LAYERS
+    assert [site.layer for site in order] == [site.layer for site in flat_sites(model)]
+    assert widths == {site: model.site_width(site) for site in flat_sites(model)}
 
 
 def test_the_last_resid_post_is_before_the_final_norm(model: LoadedModel, batch: Batch) -> None:
@@ -77,9 +82,9 @@ def test_the_last_resid_post_is_before_the_final_norm(model: LoadedModel, batch:
 
 def test_a_padded_batch_equals_single_runs(model: LoadedModel, batch: Batch) -> None:
     token_ids, mask = batch
-    together = captured(model, token_ids, mask, *model.sites())
+    together = captured(model, token_ids, mask, *flat_sites(model))
     for row, length in enumerate(mask.sum(1).tolist()):
-        alone = captured(model, token_ids[row : row + 1, :length], mask[row : row + 1, :length], *model.sites())
+        alone = captured(model, token_ids[row : row + 1, :length], mask[row : row + 1, :length], *flat_sites(model))
         for site, values in alone.items():
             torch.testing.assert_close(values[0], together[site][row, :length], rtol=1e-4, atol=1e-4)
 
@@ -139,7 +144,7 @@ def test_no_hook_is_left_after_a_capture_or_a_failing_deposit(model: LoadedModel
         raise KeyError("the writer is gone")
 
     before = _hooks(model)
-    captured(model, *batch, *model.sites())
+    captured(model, *batch, *flat_sites(model))
     with pytest.raises(KeyError, match="the writer is gone"):
         model.capture(*batch, model.sites(), fail)
     assert _hooks(model) == before
@@ -150,7 +155,7 @@ def test_captured_values_carry_no_graph(model: LoadedModel, batch: Batch) -> Non
     assert not found[Site("resid_post", 1)].requires_grad
 
 
-@pytest.mark.parametrize("name", ["resid_post.3", "pattern.0", "q.7"])
+@pytest.mark.parametrize("name", ["resid_post.3", "pattern.3", "q.7"])
 def test_a_site_that_is_not_there_is_refused_with_what_is(model: LoadedModel, batch: Batch, name: str) -> None:
     with pytest.raises(UnknownName, match=r"resid_post\.0-2"):
         model.capture(*batch, [parse_site(name)], lambda _site, _values: None)

@@ -61,6 +61,8 @@ def test_a_canonical_name_is_read_back(kind: str) -> None:
     [
         ("blocks.3.mlp.hook_out", "'mlp_out_raw.3' or 'mlp_out.3'"),
         ("blocks.3.attn.hook_out", "'attn_out_raw.3' or 'attn_out.3'"),
+        ("blocks.3.attn.hook_q", "'q.3'"),
+        ("blocks.3.attn.hook_k", "'k.3'"),
         ("model.layers.3.post_attention_layernorm.output", "'ln2.3' or 'attn_out.3'"),
         ("model.layers.3.post_attention_layernorm.input", "'resid_mid.3' or 'attn_out_raw.3'"),
     ],

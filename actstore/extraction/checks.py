@@ -8,14 +8,15 @@ from actstore.corpus import TokenizerHandle
 from actstore.errors import InvalidInput, MissingInput, explain, unknown_name
 from actstore.models import LoadedModel, ModelDescription
 from actstore.progress import Report
+from actstore.recipe import SaeIdentity, refuse_same_ids
 from actstore.saes import SparseCoder, check_width
 from actstore.sites import expand_sites, parse_site
 from actstore.store import StoreFile, StoreWriter
 
-from .identity import lens_sites
+from .identity import lens_sites, neurons_of, refuse_pattern
 from .request import Request
 
-__all__ = ["check_context", "check_sites", "check_target", "check_tokenizer", "check_window"]
+__all__ = ["check_context", "check_sites", "check_target", "check_tokenizer", "check_window", "refuse_unknown_sites"]
 
 
 def check_target(request: Request) -> None:
@@ -52,10 +53,34 @@ def check_sites(request: Request, model: LoadedModel, coders: Sequence[SparseCod
     lens_sites(request, model)
     existing = [str(site) for site in model.sites()]
     for coder in coders:
-        if coder.identity.site not in existing:
-            raise unknown_name("site", coder.identity.site, existing, next_step="is this SAE for another model?")
-        check_width(coder, model.site_width(parse_site(coder.identity.site)))
-        report(f"SAE {coder.identity.sae}: {coder.d_sae} features of {coder.identity.site}", 0, None, "")
+        identity = coder.identity
+        refuse_unknown_sites(identity, existing)
+        refuse_pattern(identity)
+        written = identity.write_site
+        check_width(
+            coder,
+            model.site_width(parse_site(identity.site)),
+            model.site_width(parse_site(written)) if written else None,
+        )
+        what = f"{identity.site}, which write {written}" if written else identity.site
+        report(f"SAE {identity.sae}: {coder.d_sae} features of {what}", 0, None, "")
+    neurons = neurons_of(request, model)
+    refuse_same_ids([*(coder.identity.sae for coder in coders), *(one.sae for one in neurons)])
+    for one in neurons:
+        report(f"neurons {one.sae}: {_spelled(one)}", 0, None, "")
+
+
+def _spelled(neurons: SaeIdentity) -> str:
+    what = "neurons" if parse_site(neurons.site).kind == "mlp_act" else "dimensions (neurons are those of mlp_act)"
+    kept = "all" if neurons.truncated_to is None else f"the {neurons.truncated_to} largest"
+    return f"{neurons.width} {what} of {neurons.site}, {kept} of a row's positive activations"
+
+
+def refuse_unknown_sites(identity: SaeIdentity, existing: Sequence[str]) -> None:
+    """Raise UnknownName where a model does not have a site that an SAE reads or writes."""
+    for site in (identity.site, identity.write_site):
+        if site and site not in existing:
+            raise unknown_name("site", site, existing, next_step="is this SAE for another model?")
 
 
 def check_context(request: Request, model: LoadedModel | ModelDescription) -> None:

@@ -10,7 +10,8 @@ from actstore.corpus import TokenizerHandle
 from actstore.errors import InvalidInput, RecipeMismatch, explain
 from actstore.models import LoadedModel, ModelDescription
 from actstore.recipe import CorpusIdentity, ModelIdentity, Recipe, SaeIdentity
-from actstore.sites import Site, expand_sites
+from actstore.saes import expand_neurons
+from actstore.sites import Site, expand_sites, parse_site
 from actstore.store import Layout, PassFile, StoreFile
 
 from .request import Request
@@ -20,8 +21,10 @@ __all__ = [
     "find_pass",
     "lens_sites",
     "make_recipe",
+    "neurons_of",
     "pass_id_of",
     "refuse_again",
+    "refuse_pattern",
 ]
 
 PASS_DIGITS = 16
@@ -67,6 +70,11 @@ def lens_sites(request: Request, model: LoadedModel | ModelDescription) -> tuple
     return chosen
 
 
+def neurons_of(request: Request, model: LoadedModel | ModelDescription) -> list[SaeIdentity]:
+    """Return the identity coders that the request asks for; raises as `expand_neurons`."""
+    return expand_neurons(request.saes, model.sites(), model.site_width, request.neurons_top)
+
+
 def make_recipe(
     request: Request,
     model: LoadedModel | ModelDescription,
@@ -78,6 +86,10 @@ def make_recipe(
 ) -> Recipe:
     """Return the recipe of a request; raises InvalidInput where nothing was asked for."""
     coders = tuple(saes)
+    for coder in coders:
+        refuse_pattern(coder)
+    if request.attention_top:
+        _check_attention(request.attention_top, model, corpus.context)
     if request.lens_k > model.facts.vocabulary_size:
         raise InvalidInput(
             explain(f"--lens {request.lens_k} is too many", accepted=f"at most {model.facts.vocabulary_size} tokens")
@@ -95,8 +107,28 @@ def make_recipe(
         activation_bits=request.activation_bits,
         encode_special=request.encode_special,
         tile_rows=_tile_rows(corpus.shard_rows),
+        attention_top=request.attention_top,
+        attention_min=request.attention_min if request.attention_top else Recipe.attention_min,
     )
     return _without_repeating(recipe, layout) if request.into and request.predictions is None else recipe
+
+
+def refuse_pattern(coder: SaeIdentity) -> None:
+    """Raise InvalidInput for an SAE of attention patterns: their columns depend on the store's windows."""
+    for site in (coder.site, coder.write_site):
+        if site and parse_site(site).kind == "pattern":
+            raise InvalidInput(
+                explain(
+                    f"The SAE {coder.sae} cannot be about {site}: a pattern has as many columns as a window has keys",
+                    accepted="a site of fixed width, such as z",
+                )
+            )
+
+
+def _check_attention(k: int, model: LoadedModel | ModelDescription, context: int) -> None:
+    expand_sites(("pattern.*",), model.sites())
+    if k > context:
+        raise InvalidInput(explain(f"--attention-top {k} is too many", accepted=f"at most {context}: a window's keys"))
 
 
 def _without_repeating(recipe: Recipe, layout: Layout) -> Recipe:

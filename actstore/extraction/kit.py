@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.models import LoadedModel
-from actstore.saes import SaeEncoder
-from actstore.sites import parse_site
+from actstore.saes import Encoder
 from actstore.store import FileProof, encode_bundle, pack_texts, prove_and_write, write_piece
+
+from .directions import directions_of
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,6 @@ __all__ = [
 ]
 
 UNEMBEDDING = "unembedding"
-WRITTEN_AS_THEY_ARE = frozenset({"resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"})
 TOP_TOKENS = 10  # of a feature, at each end
 LOGITS_PER_BLOCK = 1 << 24
 
@@ -61,7 +61,7 @@ def kit_bytes(vocabulary_size: int, d_model: int, item_bytes: int) -> int:
     return vocabulary_size * d_model * item_bytes
 
 
-def write_feature_logits(root: Path, model: LoadedModel, encoders: Sequence[SaeEncoder]) -> dict[str, FileProof]:
+def write_feature_logits(root: Path, model: LoadedModel, encoders: Sequence[Encoder]) -> dict[str, FileProof]:
     """Write each SAE's most raised and most lowered tokens; return the files with their proofs."""
     proofs = {}
     for encoder in encoders:
@@ -77,50 +77,32 @@ def write_feature_logits(root: Path, model: LoadedModel, encoders: Sequence[SaeE
 
 
 def feature_logits(
-    model: LoadedModel, encoder: SaeEncoder
+    model: LoadedModel, encoder: Encoder
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]] | None:
     """Return token ids int32 and logits float32 (feature, rank): first the highest, falling, then the lowest, rising.
 
     Direction · final-norm gain · unembeddingᵀ, before the soft cap, minus the vocabulary's mean: a constant shift says
-    nothing. The direction is the decoder row; for `z` it goes through W_O and the post-norm's gain first. Norm scales
-    are left out: they depend on the row and do not change the order of tokens. None where what the SAE reads is not
-    written into the residual stream: normalised inputs, queries, neurons.
+    nothing. The direction is what `directions_of` says; None where that is nothing.
     """
     import torch
 
     unembedding = model.unembedding()
-    written = _directions(model, encoder)
-    if written is None:
+    directions = directions_of(model, encoder)
+    if directions is None:
         return None
-    if unembedding.norm == "layer":  # what is the same in every dimension does not pass a layer norm
-        written = written - written.mean(dim=1, keepdim=True)
-    directions = written * unembedding.gain
     n_top = min(TOP_TOKENS, unembedding.weight.shape[0] // 2)
     weight = unembedding.weight
     size = max(1, LOGITS_PER_BLOCK // weight.shape[0])
     ids, values = [], []
-    for block in torch.split(directions, size):
-        logits = _product(block, weight)
+    for written in directions.blocks(size):
+        if unembedding.norm == "layer":  # what is the same in every dimension does not pass a layer norm
+            written = written - written.mean(dim=1, keepdim=True)
+        logits = _product(written * unembedding.gain, weight)
         logits -= logits.mean(dim=1, keepdim=True)
         high, low = logits.topk(n_top, dim=1), logits.topk(n_top, dim=1, largest=False)
         ids.append(torch.cat([high.indices, low.indices], dim=1).int().cpu())
         values.append(torch.cat([high.values, low.values], dim=1).cpu())
     return torch.cat(ids).numpy(), torch.cat(values).numpy()
-
-
-def _directions(model: LoadedModel, encoder: SaeEncoder) -> torch.Tensor | None:
-    """Return what each feature writes into the residual stream: float32 (feature, d_model); None where it does not."""
-    import torch
-
-    site = parse_site(encoder.identity.site)
-    directions = torch.from_numpy(encoder.coder.w_dec).to(model.device)
-    if site.kind in WRITTEN_AS_THEY_ARE:
-        return directions
-    if site.layer is None or site.kind not in ("z", "attn_out_raw"):
-        return None
-    w_o, gain = model.attention_output(site.layer)
-    written = directions @ w_o.float() if site.kind == "z" else directions
-    return written if gain is None else written * gain
 
 
 def _product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from actstore.health import HealthCheck
 from actstore.models import LoadedModel
 from actstore.progress import Report
 from actstore.recipe import Recipe
-from actstore.saes import SaeEncoder
+from actstore.saes import Encoder
 from actstore.store import PassFile, StoreFile, StoreReader, StoreWriter
 
 from . import identity
@@ -40,7 +40,7 @@ class Opening:
     request: Request
     model: LoadedModel
     tokenizer: TokenizerHandle
-    encoders: Sequence[SaeEncoder]
+    encoders: Sequence[Encoder]
     report: Report
 
     def open_or_create(self) -> StoreWriter:
@@ -86,7 +86,9 @@ class Opening:
         digest, max_tokens = first.documents_digest, stored_max
         if request.dataset is not None:
             max_tokens = stored_max if request.append is not None else request.max_tokens
-            digest = digest_of_dataset(request, request.dataset, first.n_docs, cut=stored_max is not None)
+            digest = digest_of_dataset(
+                request, request.dataset, self.tokenizer, first.n_docs, cut=stored_max is not None
+            )
         corpus = identity.corpus_identity(writer.store, self.tokenizer, digest, max_tokens)
         saes = [encoder.identity for encoder in self.encoders]
         recipe = identity.make_recipe(
@@ -104,7 +106,8 @@ class Opening:
         request, last = self.request, writer.layout.segments[-1]
         if len(writer.layout.segments) > 1 and self._stored_max_tokens(last.segment) == request.max_tokens:
             cut = request.max_tokens is not None
-            if digest_of_dataset(request, request.append, last.n_docs, cut=cut) == last.documents_digest:
+            digest = digest_of_dataset(request, request.append, self.tokenizer, last.n_docs, cut=cut)
+            if digest == last.documents_digest:
                 return
         store_segment(writer, request, request.append, self.tokenizer, self.report)
 
@@ -118,7 +121,7 @@ class Opening:
     def begin(self, writer: StoreWriter, recipe: Recipe, model_checks: Sequence[HealthCheck]) -> None:
         """Prove the SAEs, write the kit, and declare the pass."""
         request = self.request
-        matrices, firings = matrices_of(recipe, self.model.site_width), firings_of(recipe)
+        matrices, firings = matrices_of(recipe, self.model.site_width, self.model.sites()), firings_of(recipe)
         identity.refuse_again(PassFile(recipe.to_json(), matrices, firings), writer.layout)
         sae_checks = prove_saes(
             self.model,

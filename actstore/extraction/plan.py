@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ BYTES_PER_FIRING = 3.5
 BYTES_PER_INDEX_FIRING = 4.3
 BYTES_PER_INDEX_ROW = {"predictions": 19.0, "reconstruction": 11.0}
 BYTES_PER_INDEX_LENS = 20.0, 12.0  # a row, and each of its k tokens
+BYTES_PER_INDEX_ATTENTION = 8.0, 5.2  # a row of a head, and each of its k keys, if all are heavy enough
 BYTES_PER_TOKEN = 24.0, 16.0  # of the corpus: tokens and text, and their index
 ASSUMED_L0 = 100.0  # where a source does not declare one: what Gemma Scope's canonical SAEs aim at
 DISK_SHARE = 0.9
@@ -42,14 +44,16 @@ class Plan:
     index_bytes: int
     kit_bytes: int
     free_bytes: int
+    edges_per_token: int = 0  # of attention: layers · heads · keys kept
 
     @property
     def total_bytes(self) -> int:
         return sum(size.n_bytes for size in self.artifacts) + self.index_bytes + self.kit_bytes
 
     def __str__(self) -> str:
+        edges = f" with {self.edges_per_token} edges of attention each" if self.edges_per_token else ""
         return (
-            f"{self.n_documents} documents, {self.n_rows} tokens, {self.n_shards} shards, about "
+            f"{self.n_documents} documents, {self.n_rows} tokens{edges}, {self.n_shards} shards, about "
             f"{self.total_bytes / 1e9:.2f} GB with index and kit; {self.free_bytes / 1e9:.1f} GB are free"
         )
 
@@ -74,13 +78,15 @@ def estimate(
         index += n_rows * BYTES_PER_TOKEN[1]
     for spec in matrices:
         item_bytes = 2 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).itemsize
-        sizes[artifact_of(spec.path)] = sizes.get(artifact_of(spec.path), 0) + n_rows * spec.n_columns * item_bytes
+        n_bytes = n_rows * math.prod(spec.row_shape) * item_bytes
+        sizes[artifact_of(spec.path)] = sizes.get(artifact_of(spec.path), 0) + n_bytes
     for one in firings:
         n_firings = n_rows * (l0.get(one.sae) or ASSUMED_L0)
         sizes[f"firings/{one.sae}"] = sizes.get(f"firings/{one.sae}", 0) + n_firings * BYTES_PER_FIRING
         index += n_firings * BYTES_PER_INDEX_FIRING
     artifacts = tuple(Size(name, int(n_bytes)) for name, n_bytes in sizes.items())
-    return Plan(n_documents, n_rows, n_shards, artifacts, int(index), kit_bytes, free_bytes(out))
+    edges = sum(math.prod(spec.row_shape) for spec in matrices if _is_edges(spec))
+    return Plan(n_documents, n_rows, n_shards, artifacts, int(index), kit_bytes, free_bytes(out), edges)
 
 
 def _index_bytes_a_row(spec: MatrixSpec) -> float:
@@ -88,7 +94,13 @@ def _index_bytes_a_row(spec: MatrixSpec) -> float:
     kind = spec.path.split("/")[0]
     if kind == "lens" and spec.path.endswith("/values"):
         return BYTES_PER_INDEX_LENS[0] + (spec.n_columns - len(LENS_VALUES)) * BYTES_PER_INDEX_LENS[1]
+    if _is_edges(spec):
+        return (spec.n_heads or 0) * (BYTES_PER_INDEX_ATTENTION[0] + spec.n_columns * BYTES_PER_INDEX_ATTENTION[1])
     return BYTES_PER_INDEX_ROW.get(kind, 0.0) if not spec.path.endswith("/ids") else 0.0
+
+
+def _is_edges(spec: MatrixSpec) -> bool:
+    return spec.path.startswith("attention/") and spec.path.endswith("/weights")
 
 
 def free_bytes(path: Path) -> int:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from actstore.corpus import TokenizerHandle, Window, load_tokenizer
-from actstore.errors import InvalidInput, MissingInput, explain, unknown_name
+from actstore.errors import InvalidInput, MissingInput, explain
 from actstore.models import LoadedModel, ModelDescription, describe_model
 from actstore.progress import Report, silent
 from actstore.recipe import CorpusIdentity, ModelIdentity, Recipe, SaeIdentity
-from actstore.saes import ResolvedSae, expand_sae_arguments, sae_sizes
+from actstore.saes import NEURONS, ResolvedSae, expand_sae_arguments, sae_sizes, without_neurons
 from actstore.store import Layout, StoreReader
 
-from .checks import check_context, check_tokenizer
+from .checks import check_context, check_tokenizer, refuse_unknown_sites
 from .corpus import count_rows
-from .identity import make_recipe
+from .identity import make_recipe, neurons_of
 from .kit import kit_bytes
 from .plan import Plan, estimate
 from .request import DEFAULT_BATCH_TOKENS, DEFAULT_SHARD_ROWS, Request
@@ -77,11 +77,12 @@ def _draft(
         config_digest=UNKNOWN,
         weights_digest=UNKNOWN,
     )
-    saes = [_planned(one) for one in expand_sae_arguments(request.saes, allow_pt=request.allow_pt)]
+    files = without_neurons(request.saes)
+    saes = [_planned(one) for one in expand_sae_arguments(files, allow_pt=request.allow_pt)]
     existing = [str(site) for site in model.sites()]
     for coder in saes:
-        if coder.site not in existing:
-            raise unknown_name("site", coder.site, existing, next_step="is this SAE for another model?")
+        refuse_unknown_sites(coder, existing)
+    saes += neurons_of(request, model)
     return make_recipe(request, model, identity, request.dtype or facts.checkpoint_dtype, saes, corpus, layout)
 
 
@@ -90,6 +91,7 @@ def _planned(one: ResolvedSae) -> SaeIdentity:
     return SaeIdentity(
         sae=one.sae,
         site=str(one.site),
+        write_site=str(one.write_site) if one.write_site else None,
         width=sizes.width,
         d_in=sizes.d_in or 0,
         architecture=one.declaration.architecture,
@@ -114,17 +116,32 @@ def estimate_of(
         n_documents=n_documents,
         n_rows=n_rows,
         n_shards=n_shards,
-        matrices=matrices_of(recipe, model.site_width),
+        matrices=matrices_of(recipe, model.site_width, model.sites()),
         firings=firings_of(recipe),
-        l0={coder.sae: coder.declared_l0 for coder in recipe.saes},
+        l0={coder.sae: _firings_a_row(coder) for coder in recipe.saes},
         kit_bytes=kit_bytes(facts.vocabulary_size, facts.d_model, 2 if recipe.compute_dtype == "bfloat16" else 4),
         with_corpus=with_corpus,
         out=request.out,
     )
 
 
+def _firings_a_row(coder: SaeIdentity) -> float | None:
+    """Return how many firings of a row to expect: of neurons all that are kept, of others what is declared."""
+    return coder.truncated_to or coder.width if coder.architecture == NEURONS else coder.declared_l0
+
+
 def tokenizer_of(request: Request) -> TokenizerHandle:
-    """Return the tokenizer of a request: the one given, else the model's own."""
+    """Return the tokenizer of a request: the one given, else the model's own.
+
+    Raises InvalidInput where chats are asked for and it has no chat template.
+    """
+    tokenizer = _tokenizer_of(request)
+    if request.chat_field is not None:
+        tokenizer.chats(request.chat_field)
+    return tokenizer
+
+
+def _tokenizer_of(request: Request) -> TokenizerHandle:
     source = request.tokenizer if request.tokenizer is not None else request.model
     if isinstance(source, TokenizerHandle):
         return source

@@ -12,7 +12,16 @@ from actstore.errors import Unhealthy, explain
 from actstore.health import HealthCheck
 from actstore.models import LoadedModel
 from actstore.recipe import Recipe
-from actstore.saes import ROWS_NEEDED, SaeEncoder, compete, sae_health
+from actstore.saes import (
+    ROWS_NEEDED,
+    Encoder,
+    LayerSums,
+    SaeEncoder,
+    coders_together,
+    compete,
+    sae_health,
+    unproved,
+)
 from actstore.sites import Site, parse_site
 
 from .batches import sequences_of
@@ -30,33 +39,53 @@ STOPS = frozenset({"sae_site", "sae_fvu", "sae_finite_rows"})  # what ends a run
 
 def prove_saes(
     model: LoadedModel,
-    encoders: Sequence[SaeEncoder],
+    encoders: Sequence[Encoder],
     recipe: Recipe,
     shards: Iterable[TokenShard],
     batch_tokens: int,
     *,
     allow_unhealthy: bool,
 ) -> list[HealthCheck]:
-    """Return what the first plain rows prove of every SAE, at its own site and at those of equal width around it.
+    """Return what the first plain rows prove of every SAE, at its own sites and at those of equal width around them.
 
     Raises Unhealthy, naming the better site, where another site wins or the FVU exceeds 1, unless `allow_unhealthy`.
     """
-    if not encoders:
+    coders = [encoder for encoder in encoders if isinstance(encoder, SaeEncoder)]  # neurons are their own site
+    if not coders:
         return []
     pieces = _pieces(shards)
     checks: list[HealthCheck] = []
     # A layer at a time: the rivals of all layers together could be larger than the device.
-    for layer in sorted({_own(encoder).depth[0] for encoder in encoders}):
-        here = [encoder for encoder in encoders if _own(encoder).depth[0] == layer]
-        rivals = {encoder.identity.sae: _rivals(model, encoder) for encoder in here}
-        rows = _plain_rows(model, recipe, pieces, {site for sites in rivals.values() for site in sites}, batch_tokens)
+    for layer in sorted({_own(encoder).depth[0] for encoder in coders}):
+        here = [encoder for encoder in coders if _own(encoder).depth[0] == layer]
+        wanted = {site for encoder in here for sites in _rivals(model, encoder) for site in sites}
+        rows = _plain_rows(model, recipe, pieces, wanted, batch_tokens)
         for encoder in here:
-            candidates = {site: rows[site] for site in rivals[encoder.identity.sae]}
-            checks += sae_health(encoder, candidates[_own(encoder)]) + compete(encoder, candidates)
+            reads, writes = ({site: rows[site] for site in sites} for sites in _rivals(model, encoder))
+            written = encoder.identity.write_site
+            targets = writes[parse_site(written)] if written else None
+            checks += sae_health(encoder, reads[_own(encoder)], targets)
+            checks += [] if encoder.coder.is_partial else compete(encoder, reads, writes)
+    checks += _proof_of_sums(model, coders, recipe, pieces, batch_tokens)
     failed = [check for check in checks if check.ok is False and check.name in STOPS]
     if failed and not allow_unhealthy:
         raise Unhealthy(_message(failed))
     return checks
+
+
+def _proof_of_sums(
+    model: LoadedModel, coders: Sequence[SaeEncoder], recipe: Recipe, pieces: Sequence[TokenShard], batch_tokens: int
+) -> Iterator[HealthCheck]:
+    """Yield what is proved of coders of several layers together; their lowest layer is a coder like any other."""
+    for whole, others in coders_together(coders):
+        sums = LayerSums(len(whole))
+        for encoder in whole if len(whole) > 1 else ():
+            own, written = _own(encoder), parse_site(encoder.identity.write_site or encoder.identity.site)
+            rows = _plain_rows(model, recipe, pieces, {own, written}, batch_tokens)
+            check = sums.add(encoder, rows[own], rows[written])
+            if encoder.coder.is_partial:
+                yield check
+        yield from (unproved(encoder, whole) for encoder in others)
 
 
 def _own(encoder: SaeEncoder) -> Site:
@@ -79,16 +108,17 @@ def _plain_rows(
     return {site: torch.cat(found) for site, found in parts.items()}
 
 
-def _rivals(model: LoadedModel, encoder: SaeEncoder) -> list[Site]:
-    """Return the SAE's own site and every other of its width within one layer."""
-    own = parse_site(encoder.identity.site)
-    return [site for site in model.sites() if model.site_width(site) == encoder.coder.d_in and _near(site, own)]
+def _rivals(model: LoadedModel, encoder: SaeEncoder) -> tuple[list[Site], list[Site]]:
+    """Return the sites that an SAE could read and, of a transcoder, write: its own, and those of its width near it."""
+    written = encoder.identity.write_site
+    reads = _around(model, _own(encoder), encoder.coder.d_in)
+    return reads, _around(model, parse_site(written), encoder.coder.d_out) if written else []
 
 
-def _near(site: Site, own: Site) -> bool:
-    if site.layer is None or own.layer is None:
-        return site == own
-    return abs(site.layer - own.layer) <= 1
+def _around(model: LoadedModel, own: Site, width: int) -> list[Site]:
+    """Return every site of a width within one layer, patterns apart; the embedding is the layer before the first."""
+    near = [site for site in model.sites() if abs(site.depth[0] - own.depth[0]) <= 1 and site.kind != "pattern"]
+    return [site for site in near if model.site_width(site) == width]
 
 
 def _pieces(shards: Iterable[TokenShard]) -> list[TokenShard]:
@@ -130,5 +160,6 @@ def _message(failed: Sequence[HealthCheck]) -> str:
     )
     return explain(
         f"{len(failed)} check{'s' * (len(failed) > 1)} of the SAEs failed: {shown}",
-        next_step="correct the SAE's @SITE or its model; --allow-unhealthy stores it all the same, and records this",
+        next_step="correct the SAE's @SITE (@READ>WRITE) or its model; --allow-unhealthy stores it all the same, and "
+        "records this",
     )

@@ -30,17 +30,22 @@ class Request:
     saes: tuple[str, ...] = ()
     lens_k: int = 0
     lens_sites: tuple[str, ...] = ()
+    attention_top: int = 0
+    attention_min: float = 0.005
+    neurons_top: int = 64
     predictions: bool | None = None  # None: yes, unless the store has them already
     context: int | None = None
     stride: int | None = None
     max_tokens: int | None = None
     text_field: str = "text"
+    chat_field: str | None = None
     dataset_config: str | None = None
     dataset_split: str | None = None
     revision: str | None = None
     dtype: str | None = None
     storage_dtype: str | None = None
     device: str = "auto"
+    device_map: str | None = None
     activation_bits: int = 10
     encode_special: bool = False
     shard_rows: int | None = None
@@ -54,11 +59,25 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out).expanduser())
-        if not (self.sites or self.saes or self.lens_k):
+        if not (self.sites or self.saes or self.lens_k or self.attention_top):
             raise InvalidInput(NOTHING_ASKED)
         if not 1 <= self.activation_bits <= MAX_ACTIVATION_BITS:
             raise InvalidInput(
                 explain(f"--activation-bits {self.activation_bits} is out of range", accepted="1 to 23 (23 keeps all)")
+            )
+        if self.attention_top < 0 or not 0 <= self.attention_min <= 1:
+            raise InvalidInput(
+                explain(
+                    f"--attention-top is {self.attention_top}, --attention-min {self.attention_min}",
+                    accepted="how many keys to keep of each row, 0 or more; a weight from 0 to 1",
+                )
+            )
+        if self.neurons_top < 1:
+            raise InvalidInput(
+                explain(
+                    f"--neurons-top is {self.neurons_top}",
+                    accepted="how many activations to keep of each row of --sae neurons:…, 1 or more",
+                )
             )
         if self.lens_k < 0 or (self.lens_sites and not self.lens_k):
             raise InvalidInput(

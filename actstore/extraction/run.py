@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from actstore.errors import InvalidInput, explain
 from actstore.models import load_model, prove
 from actstore.progress import Report, silent
-from actstore.saes import SaeEncoder, expand_sae_arguments, load_sae
+from actstore.saes import Encoder, NeuronEncoder, SaeEncoder, expand_sae_arguments, load_sae, without_neurons
 from actstore.store import Journal, PassWriter, StoreReader, StoreWriter, exclusive
 
 from .checks import check_context, check_sites, check_target, check_tokenizer
-from .identity import pass_id_of
+from .identity import neurons_of, pass_id_of
 from .opening import Opening
 from .planning import tokenizer_of
 from .request import Request
@@ -45,13 +45,22 @@ def extract(request: Request, report: Report = silent) -> Outcome:
     Raises ActstoreError for everything that a user can cause; every shard that was finished is kept.
     """
     check_target(request)
-    coders = [load_sae(one) for one in expand_sae_arguments(request.saes, allow_pt=request.allow_pt)]
-    model = load_model(request.model, revision=request.revision, dtype=request.dtype, device=request.device)
+    files = without_neurons(request.saes)
+    coders = [load_sae(one) for one in expand_sae_arguments(files, allow_pt=request.allow_pt)]
+    model = load_model(
+        request.model,
+        revision=request.revision,
+        dtype=request.dtype,
+        device=request.device,
+        device_map=request.device_map,
+    )
     check_sites(request, model, coders, report)
     check_context(request, model)
     tokenizer = tokenizer_of(request)
     check_tokenizer(tokenizer, model)
-    opening = Opening(request, model, tokenizer, [SaeEncoder(coder, model.device) for coder in coders], report)
+    encoders: list[Encoder] = [SaeEncoder(coder, model.device) for coder in coders]
+    encoders += [NeuronEncoder(identity) for identity in neurons_of(request, model)]
+    opening = Opening(request, model, tokenizer, encoders, report)
     StoreWriter.prepare(request.out)
     with exclusive(request.out, wait_seconds=LOCK_SECONDS):
         writer = opening.open_or_create()

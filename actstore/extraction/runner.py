@@ -18,11 +18,13 @@ from actstore.blocks import RowFirings, ShardBlock, TokenShard
 from actstore.errors import InvalidInput, explain
 from actstore.models import LoadedModel
 from actstore.recipe import Recipe
-from actstore.saes import SaeEncoder, round_mantissa
+from actstore.saes import Encoder, round_mantissa
 from actstore.sites import Site, parse_site
 
+from .attention import AttentionKeeper, with_all_keys
 from .batches import Batch, plan_batches
 from .readout import read_out, targets_of
+from .specs import stored_width
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +37,12 @@ class ShardRunner:
     """Runs shards through one model, for one recipe; its buffers are made once and reused."""
 
     model: LoadedModel
-    encoders: Sequence[SaeEncoder]
+    encoders: Sequence[Encoder]
     recipe: Recipe
     shard_rows: int
     batch_tokens: int
     _buffers: dict[Site, torch.Tensor] = field(default_factory=dict)
+    _attention: AttentionKeeper | None = None  # of the shard that runs, where the recipe asks for attention
 
     @property
     def last_residual(self) -> Site:
@@ -49,9 +52,11 @@ class ShardRunner:
     def captured(self) -> tuple[Site, ...]:
         """Return every site that the recipe needs from the model, in forward order."""
         wanted = {parse_site(name) for name in (*self.recipe.sites, *self.recipe.lens_sites)}
-        wanted |= {parse_site(encoder.identity.site) for encoder in self.encoders}
+        wanted |= {site for encoder in self.encoders for site in _sites_of(encoder)}
         if self.reads_out:
             wanted.add(self.last_residual)
+        if self.recipe.attention_top:
+            wanted |= {site for site in self.model.sites() if site.kind == "pattern"}
         return tuple(sorted(wanted, key=lambda site: site.depth))
 
     @property
@@ -71,6 +76,7 @@ class ShardRunner:
             raise _too_large("The shard's rows and the SAEs or lenses that read them do not fit", error) from error
 
     def _run(self, shard: TokenShard) -> ShardBlock:
+        self._attention = AttentionKeeper(shard, self.recipe.attention_top) if self.recipe.attention_top else None
         splits = self.capture(shard, self.captured())
         matrices = {f"sites/{name}": self._stored(parse_site(name)) for name in self.recipe.sites}
         firings = {}
@@ -79,13 +85,16 @@ class ShardRunner:
             firings[sae], matrices[f"reconstruction/{sae}"] = self._encode(encoder, shard)
         if self.reads_out:
             matrices |= self._read_out(shard)
+        if self._attention is not None:
+            matrices |= self._attention.matrices()
         return ShardBlock(shard.shard, shard.n_rows, matrices, firings, self._provenance(splits))
 
     def capture(self, shard: TokenShard, sites: Iterable[Site]) -> list[dict[str, int]]:
         """Run all batches of a shard and keep these sites in the buffers; return how batches were split for memory."""
         sites = tuple(sites)
         for site in sites:
-            self._buffer(site)[shard.n_rows :] = float("nan")  # filler must never look like data
+            if site.kind != "pattern" or str(site) in self.recipe.sites:  # of others only the heaviest keys are kept
+                self._buffer(site)[shard.n_rows :] = float("nan")  # filler must never look like data
         splits: list[dict[str, int]] = []
         for number, batch in enumerate(plan_batches(shard, self.batch_tokens)):
             self._run_batch(batch, sites, number, splits)
@@ -99,7 +108,7 @@ class ShardRunner:
         import torch
 
         if site not in self._buffers:
-            shape = (self.shard_rows, self.model.site_width(site))
+            shape = (self.shard_rows, stored_width(site, self.recipe, self.model.site_width))
             dtype = getattr(torch, self.model.dtype)
             self._buffers[site] = torch.empty(shape, dtype=dtype, device=self.model.device)
         return self._buffers[site]
@@ -130,8 +139,15 @@ class ShardRunner:
         mask = torch.from_numpy(batch.attention_mask).to(device)
         rows = torch.from_numpy(batch.rows).to(device)
         real = mask.reshape(-1).nonzero()[:, 0]
+        attention = None if self._attention is None else self._attention.of_batch(batch, device)
 
         def deposit(site: Site, values: torch.Tensor) -> None:
+            if site.kind == "pattern":
+                if attention is not None and site.layer is not None:
+                    attention.keep(site.layer, values)
+                if site not in self._buffers:
+                    return
+                values = with_all_keys(values, self.recipe.corpus.context)
             self._buffers[site].index_copy_(0, rows, values.reshape(-1, values.shape[-1]).index_select(0, real))
 
         self.model.capture(torch.from_numpy(batch.token_ids).to(device), mask, sites, deposit)
@@ -144,17 +160,17 @@ class ShardRunner:
             return values.view(torch.uint16).numpy().copy().view(ml_dtypes.bfloat16)
         return values.numpy().copy()  # the buffer is reused by the next shard
 
-    def _encode(self, encoder: SaeEncoder, shard: TokenShard) -> tuple[RowFirings, npt.NDArray[np.float32]]:
+    def _encode(self, encoder: Encoder, shard: TokenShard) -> tuple[RowFirings, npt.NDArray[np.float32]]:
         """Encode a shard in tiles of `recipe.tile_rows`; tiles of nothing but filler are left out."""
         import torch
 
-        values = self._buffers[parse_site(encoder.identity.site)]
+        values, *targets = (self._buffers[site] for site in _sites_of(encoder))
         listed = shard.column("token_id") >= 0
         if not self.recipe.encode_special:
             listed = listed & (shard.column("flags") & 1 == 0)
         valid = torch.from_numpy(listed).to(values.device)
         tiles = [
-            encoder.encode(values[first : first + self.recipe.tile_rows], valid[first : first + self.recipe.tile_rows])
+            encoder.encode(*(rows[first : first + self.recipe.tile_rows] for rows in (values, valid, *targets)))
             for first in range(0, shard.n_rows, self.recipe.tile_rows)
         ]
         return _joined(tiles, shard, self.shard_rows, self.recipe.activation_bits)
@@ -189,6 +205,7 @@ class ShardRunner:
         return {
             "device_type": self.model.device.type,
             "device": _device_name(self.model.device),
+            "device_map": self.model.spread,
             "compute_dtype": self.model.dtype,
             "tf32": False,
             "threads": torch.get_num_threads(),  # of the CPU: sums are split among them
@@ -197,6 +214,12 @@ class ShardRunner:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "memory_splits": splits,
         }
+
+
+def _sites_of(encoder: Encoder) -> tuple[Site, ...]:
+    """Return the site that an encoder reads and, of a transcoder, the one that it writes."""
+    written = encoder.identity.write_site
+    return (parse_site(encoder.identity.site), *((parse_site(written),) if written else ()))
 
 
 def _joined(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from actstore.blocks import (
+    ATTENTION_VALUES,
     LENS_IDS,
     LENS_VALUES,
     PREDICTION_IDS,
@@ -16,13 +18,20 @@ from actstore.blocks import (
 from actstore.recipe import Recipe
 from actstore.sites import Site, parse_site
 
-__all__ = ["firings_of", "matrices_of"]
+__all__ = ["firings_of", "matrices_of", "stored_width"]
 
 
-def matrices_of(recipe: Recipe, site_width: Callable[[Site], int]) -> tuple[MatrixSpec, ...]:
-    """Return the matrices that a pass with this recipe writes."""
+def stored_width(site: Site, recipe: Recipe, site_width: Callable[[Site], int]) -> int:
+    """Return how many columns a site is stored with: a pattern's are its heads times the keys of a window."""
+    return site_width(site) * (recipe.corpus.context if site.kind == "pattern" else 1)
+
+
+def matrices_of(
+    recipe: Recipe, site_width: Callable[[Site], int], sites: Iterable[Site] = ()
+) -> tuple[MatrixSpec, ...]:
+    """Return the matrices that a pass with this recipe writes; `sites` are the model's, whose patterns attention is."""
     specs = [
-        MatrixSpec(f"sites/{name}", site_width(parse_site(name)), recipe.storage_dtype, "width")
+        MatrixSpec(f"sites/{name}", stored_width(parse_site(name), recipe, site_width), recipe.storage_dtype, "width")
         for name in recipe.sites
     ]
     specs += [_fields(f"reconstruction/{coder.sae}", "float32", RECONSTRUCTION_VALUES) for coder in recipe.saes]
@@ -34,6 +43,9 @@ def matrices_of(recipe: Recipe, site_width: Callable[[Site], int]) -> tuple[Matr
         tokens = tuple(f"token_id_{rank}" for rank in range(1, recipe.lens_k + 1))
         specs.append(_fields(f"lens/logit/{name}/values", "float32", (*LENS_VALUES, *logprobs)))
         specs.append(_fields(f"lens/logit/{name}/ids", "int32", (*LENS_IDS, *tokens)))
+    if recipe.attention_top:
+        for site in (one for one in sites if one.kind == "pattern"):
+            specs += _attention(f"attention/{site.layer}", site_width(site), recipe.attention_top)
     return tuple(specs)
 
 
@@ -44,3 +56,12 @@ def firings_of(recipe: Recipe) -> tuple[FiringsSpec, ...]:
 
 def _fields(path: str, dtype: str, columns: tuple[str, ...]) -> MatrixSpec:
     return MatrixSpec(path, len(columns), dtype, "field", columns, per_column_chunks=True)
+
+
+def _attention(path: str, n_heads: int, k: int) -> list[MatrixSpec]:
+    fields = _fields(f"{path}/values", "float32", ATTENTION_VALUES)
+    return [
+        MatrixSpec(f"{path}/weights", k, "float32", "k", n_heads=n_heads),
+        MatrixSpec(f"{path}/offsets", k, "int32", "k", n_heads=n_heads),
+        replace(fields, n_heads=n_heads),
+    ]

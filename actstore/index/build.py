@@ -47,11 +47,12 @@ def build_index(
 
     The caller keeps other builds and `gc_index` away meanwhile (`index.lock`): parts that no catalog names yet look
     like orphans. `lock` is entered only while the catalog changes. `compact` also joins parts where a kind has more
-    than `MAX_PARTS` of one subject. Where nothing is new the catalog stays as it is.
+    than `MAX_PARTS` of one subject. Where nothing is new the catalog stays as it is; parts of an older format are
+    all made again.
     Raises StoreBusy where another process changed the index meanwhile, NoSpace, CorruptStore.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    before = read_catalog(directory)
+    before = read_catalog(directory, remake=True)
     workshop = Workshop(directory, Names(directory, before), memory_bytes)
     try:
         parts = list(_Build(source, before, workshop, progress or _quiet).parts(compact))

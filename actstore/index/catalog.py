@@ -14,7 +14,7 @@ from itertools import chain, pairwise, starmap
 from pathlib import Path
 from typing import Any, Self
 
-from actstore.errors import CorruptStore, StoreBusy, explain
+from actstore.errors import CorruptStore, StoreBusy, UnsupportedFormat, explain
 from actstore.sealed import digest_of, fsync_directory, seal, sha256_hex, unseal, write_durably
 
 from .schema import PART_TABLES, SUBJECT_COLUMNS
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 CURRENT = "CURRENT"
+FORMAT = 2  # 1: `heads` was a table of the core part
 Lock = AbstractContextManager[object]
 MAX_SHARDS = 10_000_000
 CATALOG_NAME = re.compile(r"catalog-\d{1,18}\.json", re.ASCII)
@@ -98,13 +99,14 @@ class Part:
     facts: Mapping[str, str | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        n_names = len(SUBJECT_COLUMNS.get(self.kind, ()))
+        n_names = len(SUBJECT_COLUMNS.get(self.kind, {}))
         sane = (
             self.kind in PART_TABLES
             and (not n_names or len(self.subject.split("/")) == n_names)
             and _PART_NAME.fullmatch(self.name)
             and _SHA256.fullmatch(self.sha256)
             and all(isinstance(number, int) and 0 <= number < 1 << 62 for number in (self.n_bytes, self.n_rows))
+            and (self.kind != "attention" or (self.subject.isdecimal() and len(self.subject) < 10))
             and (self.kind != "firings" or self.facts["activation"] in ("half", "float"))
             and (self.kind != "firings" or isinstance(self.facts["plain_rows"], int))
         )
@@ -147,14 +149,24 @@ class Catalog:
     def to_bytes(self) -> bytes:
         """Return the sealed document that `from_bytes` reads."""
         parts = [part.to_json() for part in self.parts]
-        return seal({"format": 1, "number": self.number, "next_number": self.next_number, "parts": parts})
+        return seal({"format": FORMAT, "number": self.number, "next_number": self.next_number, "parts": parts})
 
     @classmethod
-    def from_bytes(cls, data: bytes, name: str) -> Self:
-        """Return a catalog; raises CorruptStore where a byte was changed, or for what no index has."""
+    def from_bytes(cls, data: bytes, name: str, *, remake: bool = False) -> Self:
+        """Return a catalog; with `remake`, one of an older format as if it had no parts, so that all are made again.
+
+        Raises CorruptStore where a byte was changed, or for what no index has; UnsupportedFormat for another format.
+        """
         body = unseal(data, name)
         try:
+            found = int(body["format"])
+            if found < FORMAT and remake:
+                body = {**body, "parts": []}
+            elif found != FORMAT:
+                raise _other_format(name, found)
             return cls(int(body["number"]), tuple(map(Part.from_json, body["parts"])), int(body["next_number"]))
+        except UnsupportedFormat:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError):
             raise CorruptStore(explain(f"{name} is sealed but is no catalog", next_step=_REBUILD)) from None
 
@@ -162,10 +174,11 @@ class Catalog:
 EMPTY = Catalog(0, (), 1)
 
 
-def load_catalog(read: Callable[[str], bytes]) -> Catalog:
+def load_catalog(read: Callable[[str], bytes], *, remake: bool = False) -> Catalog:
     """Return the current catalog, `EMPTY` where there is none; `read` returns the bytes of a file of the index.
 
-    Raises CorruptStore where `CURRENT` or the catalog it names is missing or changed.
+    `remake` is that of `from_bytes`. Raises CorruptStore where `CURRENT` or the catalog it names is missing or changed,
+    UnsupportedFormat where another version of actstore made it.
     """
     try:
         current = unseal(read(CURRENT), CURRENT)
@@ -180,12 +193,12 @@ def load_catalog(read: Callable[[str], bytes]) -> Catalog:
         raise CorruptStore(explain(f"{CURRENT} names {name}, which is missing", next_step=_REBUILD)) from None
     if sha256_hex(data) != current.get("sha256"):
         raise CorruptStore(explain(f"{name} is not the file that {CURRENT} names", next_step=_REBUILD))
-    return Catalog.from_bytes(data, name)
+    return Catalog.from_bytes(data, name, remake=remake)
 
 
-def read_catalog(directory: Path) -> Catalog:
+def read_catalog(directory: Path, *, remake: bool = False) -> Catalog:
     """Return the current catalog of a local index; as `load_catalog`."""
-    return load_catalog(lambda name: (directory / name).read_bytes())
+    return load_catalog(lambda name: (directory / name).read_bytes(), remake=remake)
 
 
 def publish(directory: Path, before: Catalog, parts: Sequence[Part], names: Names, lock: Lock | None) -> Catalog:
@@ -194,7 +207,7 @@ def publish(directory: Path, before: Catalog, parts: Sequence[Part], names: Name
     Raises StoreBusy where another process changed the index meanwhile; nothing is changed then.
     """
     with lock or nullcontext():
-        if read_catalog(directory) != before:
+        if read_catalog(directory, remake=True) != before:
             raise StoreBusy(_busy("another process changed it"))
         if lost := [part.name for part in parts if not (directory / part.name).is_file()]:
             raise StoreBusy(_busy(f"{lost[0]} was removed"))
@@ -231,6 +244,18 @@ def _runs(shards: Sequence[int]) -> tuple[tuple[int, int], ...]:
     starts = [0] + [place + 1 for place, (one, other) in enumerate(pairwise(shards)) if other != one + 1]
     ends = [*starts[1:], len(shards)]
     return tuple((shards[start], shards[end - 1] + 1) for start, end in zip(starts, ends, strict=True) if shards)
+
+
+def _other_format(name: str, found: int) -> UnsupportedFormat:
+    older = "run `actstore index` on the store: the index is made anew from the arrays"
+    newer = "install a newer actstore: pip install --upgrade actstore"
+    return UnsupportedFormat(
+        explain(
+            f"The index was made by another version of actstore ({name} has format {found})",
+            accepted=f"format {FORMAT}",
+            next_step=older if found < FORMAT else newer,
+        )
+    )
 
 
 def _busy(why: str) -> str:

@@ -1,4 +1,4 @@
-"""The tables that have one line (or k) per row: tokens, predictions, reconstruction and lenses, shard by shard."""
+"""The tables that have one line (or k) per row: tokens, predictions, reconstruction, lenses, attention, by shard."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from actstore.blocks import (
     TOKEN_FIELDS,
 )
 
+from .attention_parts import attention_tables
 from .source import Segment, Source, row_numbers
 
 __all__ = ["RowJob", "row_jobs"]
@@ -53,6 +54,8 @@ def row_jobs(source: Source) -> Iterator[RowJob]:
         yield _reconstruction_job(source, str(coder["sae"]))
     for lens in small.get("lenses", []):
         yield _lens_job(source, f"{lens['lens']}/{lens['site']}")
+    for stored in small.get("attention", []):
+        yield _attention_job(source, int(stored["layer"]), float(stored["minimum"]))
 
 
 class TokenTables:
@@ -137,6 +140,13 @@ def _lens_job(source: Source, subject: str) -> RowJob:
         }
 
     return RowJob("lens", subject, f"lens/{subject}", tables)
+
+
+def _attention_job(source: Source, layer: int, minimum: float) -> RowJob:
+    def tables(shard: int) -> ShardTables:
+        return attention_tables(source, layer, minimum, shard)
+
+    return RowJob("attention", str(layer), f"attention/{layer}", tables)
 
 
 def _lens_tokens(rows: npt.NDArray[np.int64], ids: Matrix, logprobs: Matrix) -> pa.Table:

@@ -151,14 +151,15 @@ TABLES: Mapping[str, Columns] = {
     "health": {"name": "VARCHAR", "subject": "VARCHAR", "value": "DOUBLE", "expected": "VARCHAR", "ok": "BOOLEAN"},
 }
 
-SMALL_TABLES = ("store", "passes", "sites", "saes", "heads", "health")
+SMALL_TABLES = ("store", "passes", "sites", "saes", "health")
 
 # Columns that a part's subject holds, in the order in which `/` joins them.
-SUBJECT_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "firings": ("sae",),
-    "reconstruction": ("sae",),
-    "features": ("sae",),
-    "lens": ("lens", "site"),
+SUBJECT_COLUMNS: Mapping[str, Columns] = {
+    "firings": {"sae": "VARCHAR"},
+    "reconstruction": {"sae": "VARCHAR"},
+    "features": {"sae": "VARCHAR"},
+    "attention": {"layer": "INTEGER"},
+    "lens": {"lens": "VARCHAR", "site": "VARCHAR"},
 }
 
 
@@ -167,7 +168,7 @@ def _stored(table: str, *left_out: str) -> dict[str, str]:
 
 
 # `firings.plain` says whether the row counts in statistics, so that these need no join with the tokens;
-# `firings.activation` is FLOAT in the parts that a half does not hold exactly.
+# `firings.activation` is FLOAT in the parts that a half does not hold exactly. `head_sums` is what `heads` adds up.
 PART_TABLES: Mapping[str, Mapping[str, Columns]] = {
     "core": {table: TABLES[table] for table in SMALL_TABLES},
     "vocabulary": {"vocabulary": TABLES["vocabulary"]},
@@ -180,6 +181,11 @@ PART_TABLES: Mapping[str, Mapping[str, Columns]] = {
         "features": _stored("features", "sae", "label"),
         "examples": _stored("examples", "sae"),
         "feature_logits": _stored("feature_logits", "sae"),
+    },
+    "attention": {
+        "attention": _stored("attention", "layer"),
+        "attention_rows": _stored("attention_rows", "layer"),
+        "head_sums": {"head": "INTEGER", "metric": "VARCHAR", "n": "BIGINT", "total": "BIGINT"},
     },
     "lens": {
         "lens_tokens": _stored("lens_tokens", "lens", "site"),

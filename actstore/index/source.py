@@ -44,7 +44,10 @@ class Source(Protocol):
         """Rows of a shard, filler included."""
 
     def tables(self) -> Mapping[str, list[dict[str, Any]]]:
-        """Return the small tables as rows: `schema.SMALL_TABLES`, and `lenses` (lens, site), `roles` (code, role)."""
+        """Return the small tables as rows: `schema.SMALL_TABLES`, and what else there is.
+
+        That is `lenses` (lens, site), `attention` (layer, minimum: the least weight of an edge), `roles` (code, role).
+        """
 
     def vocabulary(self) -> pa.Array:
         """Return the display text of every token: string (token_id)."""
@@ -61,11 +64,11 @@ class Source(Protocol):
     def done(self, artifact: str) -> Mapping[int, str]:
         """Return by shard the digest of the receipt that covers `artifact`.
 
-        Artifacts are `corpus/tokens`, `predictions`, `firings/<sae>` and `lens/<lens>/<site>`.
+        Artifacts are `corpus/tokens`, `predictions`, `firings/<sae>`, `lens/<lens>/<site>` and `attention/<layer>`.
         """
 
     def matrix(self, path: str, shard: int) -> npt.NDArray[Any]:
-        """Return the rows in use of one shard of a matrix: (row, column)."""
+        """Return the rows in use of one shard of a matrix: (row, column), of attention (row, head, column)."""
 
     def firings(self, sae: str, shard: int) -> RowFirings:
         """Return one shard's firings; filler rows, if present, are empty."""

@@ -6,7 +6,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
-from actstore.errors import ActstoreError, CorruptStore
+from actstore.errors import ActstoreError, CorruptStore, UnsupportedFormat
 
 from .catalog import CATALOG_NAME, CURRENT, Catalog, Lock, Part, read_catalog
 from .parts import sha256_of
@@ -39,7 +39,7 @@ def find_orphans(directory: Path, keep: int = 1) -> list[Path]:
     """
     try:
         return _unnamed(directory, keep)
-    except CorruptStore:
+    except (CorruptStore, UnsupportedFormat):
         return []
 
 
@@ -50,7 +50,7 @@ def _unnamed(directory: Path, keep: int) -> list[Path]:
     )
     named = {CURRENT, current.name, *(part.name for part in current.parts)}
     for path in earlier[: keep - 1]:
-        catalog = Catalog.from_bytes(path.read_bytes(), path.name)
+        catalog = Catalog.from_bytes(path.read_bytes(), path.name, remake=True)
         named |= {path.name, *(part.name for part in catalog.parts)}
     return sorted(path for path in directory.iterdir() if path.name not in named) if directory.is_dir() else []
 
@@ -71,7 +71,7 @@ def gc_index(directory: Path, keep: int = 1, *, lock: Lock | None = None) -> lis
 
 def _catalog_fault(path: Path) -> str | None:
     try:
-        Catalog.from_bytes(path.read_bytes(), path.name)
+        Catalog.from_bytes(path.read_bytes(), path.name, remake=True)
     except ActstoreError as error:
         return str(error)
     return None

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from actstore.blocks import HEAD_METRICS
+
+from .attention_parts import UNITS
 from .catalog import Part
 from .schema import PART_TABLES, SUBJECT_COLUMNS, TABLES, Columns, quote_name, quote_text
 
@@ -25,7 +28,9 @@ Attached = Sequence[tuple[str, Part]]  # alias, part
 
 def view_queries(attached: Attached) -> Mapping[str, str]:
     """Return the query of every table of the contract, by its name."""
-    queries = {table: _table_query(table, attached) for table in TABLES if table not in ("activations", "features")}
+    apart = ("activations", "features", "heads")
+    queries = {table: _table_query(table, attached) for table in TABLES if table not in apart}
+    queries["heads"] = _heads_query(attached)
     firings = firings_query(attached)
     queries["activations"] = (
         f"SELECT sae, feature, row, activation FROM ({firings})" if firings else _empty("activations")
@@ -55,9 +60,26 @@ def _table_query(table: str, attached: Attached, without: tuple[str, ...] = ()) 
     return _union(branches) or _empty(table, without)
 
 
+def _heads_query(attached: Attached) -> str:
+    """Return the means of every head over the sums of all parts; NULL where no plain row has a number."""
+    columns = ("layer", *PART_TABLES["attention"]["head_sums"])
+    branches = [_branch(alias, part, "head_sums", columns) for alias, part in attached if part.kind == "attention"]
+    if not branches:
+        return _empty("heads")
+    means = ", ".join(_mean(metric) for metric in HEAD_METRICS)
+    return f"SELECT layer, head, {means} FROM ({_union(branches)}) GROUP BY layer, head"
+
+
+def _mean(metric: str) -> str:
+    chosen = f"FILTER (metric = {quote_text(metric)})"
+    return f"sum(total) {chosen}::DOUBLE / {UNITS} / nullif(sum(n) {chosen}, 0)::DOUBLE AS {metric}"
+
+
 def _branch(alias: str, part: Part, table: str, columns: Sequence[str]) -> str:
-    names = SUBJECT_COLUMNS.get(part.kind, ())
-    literals = dict(zip(names, map(quote_text, part.subject.split("/")), strict=True)) if names else {}
+    kinds = SUBJECT_COLUMNS.get(part.kind, {})
+    values = part.subject.split("/") if kinds else ()
+    pairs = zip(kinds.items(), values, strict=True)
+    literals = {name: f"{quote_text(value)}::{kind}" for (name, kind), value in pairs}
     listed = (f"{literals[column]} AS {column}" if column in literals else quote_name(column) for column in columns)
     return f"SELECT {', '.join(listed)} FROM {alias}.{table}"
 

@@ -43,6 +43,7 @@ class _Call:
     module: torch.nn.Module
     given: torch.Tensor
     returned: torch.Tensor
+    pattern: bool  # whether a (batch, head, query position, key position) tensor is returned beside it
 
     @property
     def kind(self) -> str:
@@ -164,6 +165,8 @@ def _taps(found: _Found) -> dict[str, Tap]:
     reader = found.mlp_pre_norm or found.mlp
     if reader.given is not found.block.given:  # else the block is parallel
         taps["resid_mid"] = Tap(found.path(reader), "input", "d_model")
+    if found.attention.pattern:
+        taps["pattern"] = Tap(found.path(found.attention), "output", "n_heads", element=1)
     if found.mlp_pre_norm is not None:
         transform: Any = f"{_norm(found.mlp_pre_norm)}_normalized"
         taps["ln2"] = output(found.mlp_pre_norm)
@@ -191,7 +194,8 @@ def _keep(path: str, calls: list[_Call]) -> Callable[..., None]:
     def hook(module: Any, positional: Any, keywords: dict[str, Any], output: Any) -> None:
         given = positional[0] if positional else keywords.get("hidden_states")
         if given is not None:
-            calls.append(_Call(path, module, given, output[0] if isinstance(output, tuple) else output))
+            returned = output if isinstance(output, tuple) else (output, None)
+            calls.append(_Call(path, module, given, returned[0], getattr(returned[1], "ndim", 0) == 4))
 
     return hook
 

@@ -65,7 +65,7 @@ class ModelFacts:
         return self.n_parameters * ITEM_BYTES[self.checkpoint_dtype]
 
     def width(self, tap: Tap) -> int:
-        """Return the width of the tensor that a tap finds."""
+        """Return the width of the tensor that a tap finds; of a pattern, the number of heads."""
         return int(getattr(self, tap.width))
 
 

@@ -39,7 +39,8 @@ class Tap:
 
     module: str  # may contain {layer}
     end: Literal["input", "output", "rows"]
-    width: Literal["d_model", "d_mlp", "query_width", "kv_width"]  # an attribute of ModelFacts
+    # An attribute of ModelFacts; `n_heads` is that of `pattern`, which has so many columns for every key.
+    width: Literal["d_model", "d_mlp", "query_width", "kv_width", "n_heads"]
     keyword: str = "hidden_states"
     element: int = 0
     transform: Transform | None = None  # applied to the tensor found there
@@ -66,7 +67,7 @@ class Family:
     d_mlp_key: str = "intermediate_size"  # 4 · d_model where the configuration has none
     final_softcap_key: str | None = None
     parallel_key: str | None = None  # true: attention and MLP both read resid_pre, and there is no resid_mid
-    discovered: bool = False  # by structure: loading proves all its sites
+    discovered: bool = False  # by structure: loading proves all its sites but patterns
 
 
 _LAYER = "model.layers.{layer}"
@@ -79,6 +80,7 @@ def _block(layer: str = _LAYER) -> dict[str, Tap]:
         "q": Tap(f"{layer}.self_attn.q_proj", "output", "query_width"),
         "k": Tap(f"{layer}.self_attn.k_proj", "output", "kv_width"),
         "v": Tap(f"{layer}.self_attn.v_proj", "output", "kv_width"),
+        "pattern": _pattern(f"{layer}.self_attn"),
         "z": Tap(f"{layer}.self_attn.o_proj", "input", "query_width"),
         "attn_out_raw": Tap(f"{layer}.self_attn", "output", "d_model"),
         "attn_out": Tap(f"{layer}.self_attn", "output", "d_model"),
@@ -88,6 +90,11 @@ def _block(layer: str = _LAYER) -> dict[str, Tap]:
         "mlp_out": Tap(f"{layer}.mlp", "output", "d_model"),
         "resid_post": Tap(layer, "output", "d_model"),
     }
+
+
+def _pattern(module: str) -> Tap:
+    """Return the tap of the weights that an attention module returns beside its output."""
+    return Tap(module, "output", "n_heads", element=1)
 
 
 def _pre_norm(module: str, transform: Transform) -> dict[str, Tap]:
@@ -201,6 +208,7 @@ GPT_2 = Family(
         {
             "resid_pre": Tap(_GPT_2_LAYER, "input", "d_model"),
             **_fused_queries(f"{_GPT_2_LAYER}.attn.c_attn", ("first_third", "second_third", "last_third")),
+            "pattern": _pattern(f"{_GPT_2_LAYER}.attn"),
             "z": Tap(f"{_GPT_2_LAYER}.attn.c_proj", "input", "query_width"),
             "attn_out_raw": Tap(f"{_GPT_2_LAYER}.attn", "output", "d_model"),
             "attn_out": Tap(f"{_GPT_2_LAYER}.attn", "output", "d_model"),
@@ -233,6 +241,7 @@ GPT_NEOX = Family(
                 f"{_NEOX_LAYER}.attention.query_key_value",
                 ("first_third_of_each_head", "second_third_of_each_head", "last_third_of_each_head"),
             ),
+            "pattern": _pattern(f"{_NEOX_LAYER}.attention"),
             "z": Tap(f"{_NEOX_LAYER}.attention.dense", "input", "query_width"),
             "attn_out_raw": Tap(f"{_NEOX_LAYER}.attention", "output", "d_model"),
             "attn_out": Tap(f"{_NEOX_LAYER}.attention", "output", "d_model"),

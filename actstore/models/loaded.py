@@ -13,6 +13,7 @@ from actstore.sites import Site, not_on_model
 
 from .facts import ModelFacts, sites_of
 from .families import Family, Tap
+from .placement import main_device, resident, spread_of
 from .transforms import TRANSFORMS
 from .unembedding import Unembedding
 
@@ -32,9 +33,10 @@ class _AllCaptured(Exception):
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A causal language model on one device, in evaluation mode with eager attention.
+    """A causal language model in evaluation mode with eager attention, on one device or spread over several.
 
-    Made by `load_model`. Its own weights are shared, not copied, by everything that it returns.
+    Made by `load_model`. Everything that it takes and returns is on `device`; weights that it returns are its own, not
+    copies, unless they lie elsewhere.
     """
 
     facts: ModelFacts
@@ -49,8 +51,13 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        place: torch.device = self.causal_lm.device
-        return place
+        """The device of token ids, captured values and weights; of a model that is spread, that of its embedding."""
+        return main_device(self.causal_lm)
+
+    @property
+    def spread(self) -> tuple[str, ...] | None:
+        """Where the parts of the model lie, first to last; None where all are on one device."""
+        return spread_of(self.causal_lm)
 
     @property
     def dtype(self) -> str:
@@ -62,7 +69,10 @@ class LoadedModel:
         return tuple(self._taps)
 
     def site_width(self, site: Site) -> int:
-        """Return a site's width; raises UnknownName where this model does not have it."""
+        """Return a site's width; of a pattern, its columns for each key: the heads.
+
+        Raises UnknownName where this model does not have it.
+        """
         return self.facts.width(self._tap(site))
 
     def capture(
@@ -77,18 +87,19 @@ class LoadedModel:
         """Run the model over a batch and hand each site's values to `deposit`, once, during the pass.
 
         token_ids and attention_mask: int64 (batch, position) on the model's device, padded on the right.
-        `deposit(site, values)` gets (batch, position, width) in the compute dtype; padded positions hold garbage. The
-        tensor is the model's own, valid after the call but as large as the batch: copy out of it what is kept.
+        `deposit(site, values)` gets (batch, position, width) in the compute dtype, of `pattern` (batch, head, query
+        position, key position); padded positions hold garbage. The tensor is the model's own, valid after the call but
+        as large as the batch: copy out of it what is kept.
         With `stop` the pass ends behind the deepest site. Raises UnknownName for a site that the model does not have.
         """
         import torch
 
         taps = {site: self._tap(site) for site in sites}
-        waiting = set(taps)
+        waiting, device = set(taps), self.device
 
         def receive(site: Site, values: torch.Tensor) -> None:
             assert site in waiting, f"the module of {site} ran twice in one pass"
-            deposit(site, values)
+            deposit(site, values.to(device))
             waiting.remove(site)
             if stop and not waiting:
                 raise _AllCaptured
@@ -99,10 +110,10 @@ class LoadedModel:
             raise _never_ran(sorted(waiting, key=lambda site: site.depth))
 
     def unembedding(self) -> Unembedding:
-        """Return final norm, unembedding and soft cap; the weight is the model's own tensor, on its device."""
+        """Return final norm, unembedding and soft cap."""
         return Unembedding(
             gain=self._gain(self.family.final_norm),
-            weight=self.causal_lm.get_output_embeddings().weight.detach(),
+            weight=self._fetched(self.causal_lm.get_output_embeddings(), "weight"),
             softcap=self.facts.final_softcap,
             norm_eps=self.facts.norm_eps,
             norm=self.family.norm,
@@ -170,12 +181,16 @@ class LoadedModel:
         return lambda values: receive(site, transform(values, self.facts))
 
     def _weight(self, module: str) -> torch.Tensor:
-        weight: torch.Tensor = self.causal_lm.get_parameter(f"{module}.weight")
-        return weight.detach()
+        return self._fetched(self.causal_lm.get_submodule(module), "weight")
 
     def _bias(self, module: str) -> torch.Tensor | None:
-        bias = getattr(self.causal_lm.get_submodule(module), "bias", None)
-        return None if bias is None else bias.detach().float()
+        part = self.causal_lm.get_submodule(module)
+        return None if getattr(part, "bias", None) is None else self._fetched(part, "bias").float()
+
+    def _fetched(self, module: torch.nn.Module, name: str) -> torch.Tensor:
+        with resident(module):
+            weight: torch.Tensor = module.get_parameter(name)
+            return weight.detach().to(self.device)
 
     def _gain(self, module: str) -> torch.Tensor:
         return self._weight(module).float() + self.family.norm_gain_offset
@@ -191,7 +206,10 @@ def _hook(module: torch.nn.Module, tap: Tap, receive: Callable[[torch.Tensor], N
         receive(output[tap.element] if isinstance(output, tuple) else output)
 
     def rows(module: Any, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        receive(module.weight[positional[0] if positional else keywords[tap.keyword]])
+        token_ids = positional[0] if positional else keywords[tap.keyword]
+        with resident(module):
+            values = module.weight[token_ids.to(module.weight.device)]
+        receive(values)
 
     if tap.end == "rows":
         return module.register_forward_pre_hook(rows, with_kwargs=True)

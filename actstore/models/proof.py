@@ -16,6 +16,7 @@ from actstore.errors import InvalidInput, Unhealthy, explain
 from actstore.health import HealthCheck
 from actstore.sites import KINDS, WITHOUT_LAYER, Site
 
+from .attention import ATTENTION_KINDS, attention_identities
 from .loaded import LoadedModel
 from .transforms import NORMALIZED
 from .unembedding import logits
@@ -56,7 +57,7 @@ _SUMS = (
     _Sum("resid_pre + attn_out = resid_mid", ("resid_pre", "attn_out"), "resid_mid"),
     _Sum("resid_pre + attn_out + mlp_out = resid_post", ("resid_pre", "attn_out", "mlp_out"), "resid_post"),
 )
-_INSIDE_A_LAYER = frozenset(KINDS) - WITHOUT_LAYER - {"q", "k", "v", "pattern"}  # what the identities compare
+_INSIDE_A_LAYER = frozenset(KINDS) - WITHOUT_LAYER - ATTENTION_KINDS  # what the identities compare
 _EMBEDDING, _FIRST_RESIDUAL, _FINAL = Site("embed_raw"), Site("resid_pre", 0), Site("final")
 _Rows = dict[Site, "torch.Tensor"]
 
@@ -69,7 +70,7 @@ def prove(
     vocabulary_ids: token ids that the proof's sequences are drawn from, by default all of the model's.
     Proves widths, the scale of the embedding, sums of the residual stream, both output projections, every norm but
     that before attention, the logits with their cap, that a padded batch equals single runs, and that no token sees a
-    later one.
+    later one; of patterns, queries, keys and values what `attention_identities` says.
     Raises UnknownName for a site that the model does not have, Unhealthy, naming each failed identity with its value
     and tolerance, where one does not hold.
     """
@@ -81,6 +82,7 @@ def prove(
     checks = [check for check in widths if check.subject in set(map(str, wanted))]
     for layer in layers:
         checks += [*_sums(model, rows, layer), *_products(model, rows, layer), *_norms(model, rows, layer)]
+    checks += _attention(model, sequences[0], [site for site in wanted if site.kind in ATTENTION_KINDS])
     checks += [*_embedding(model, rows), *_final(model, rows), _logits(model, sequences, rows), _causal(model, rows)]
     checks += _padding(model, sequences, {site: rows[site] for site in wanted})
     return _sound(model, checks)
@@ -124,11 +126,18 @@ def _padded(model: LoadedModel, sequences: Sequence[Sequence[int]]) -> tuple[tor
 
 
 def _capture(model: LoadedModel, sequences: Sequence[Sequence[int]], sites: Sequence[Site]) -> _Rows:
-    """Run the sequences as one batch; return the rows of their real positions, (row, width) by site."""
+    """Run the sequences as one batch; return the rows of their real positions, (row, width) by site.
+
+    A pattern's row has all keys of the longest sequence of the proof, head after head.
+    """
+    from torch.nn.functional import pad
+
     token_ids, mask = _padded(model, sequences)
     found: _Rows = {}
 
     def deposit(site: Site, values: torch.Tensor) -> None:
+        if site.kind == "pattern":
+            values = pad(values, (0, max(_LENGTHS) - values.shape[-1])).transpose(1, 2).flatten(2)
         found[site] = values[mask.bool()]
 
     model.capture(token_ids, mask, sites, deposit)
@@ -137,6 +146,8 @@ def _capture(model: LoadedModel, sequences: Sequence[Sequence[int]], sites: Sequ
 
 def _width(model: LoadedModel, site: Site, values: torch.Tensor) -> HealthCheck:
     declared, width = model.site_width(site), values.shape[-1]
+    if site.kind == "pattern":
+        width //= max(_LENGTHS)
     return HealthCheck("width", str(site), float(width), str(declared), width == declared)
 
 
@@ -175,6 +186,14 @@ def _norms(model: LoadedModel, rows: _Rows, layer: int) -> Iterator[HealthCheck]
             scaled = gain * (given if target == "ln2" else NORMALIZED[family.norm](given, model.facts.norm_eps))
             found = scaled if bias is None else scaled + bias
             yield _identity(model, name, Site(target, layer), _worst_row(found, rows[Site(target, layer)], scaled))
+
+
+def _attention(model: LoadedModel, sequence: Sequence[int], sites: Sequence[Site]) -> Iterator[HealthCheck]:
+    token_ids, _ = _padded(model, [sequence])
+    layers = sorted({site.layer for site in sites if site.layer is not None})
+    for identity in attention_identities(model, token_ids, layers):
+        error = _worst_row(identity.found, identity.expected)
+        yield _identity(model, identity.name, identity.site, error, identity.tolerance or IDENTITY_TOLERANCE)
 
 
 def _embedding(model: LoadedModel, rows: _Rows) -> Iterator[HealthCheck]:

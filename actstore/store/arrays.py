@@ -85,23 +85,23 @@ def memory_array(
     return array, files
 
 
-def _chunk_shape(spec: MatrixSpec, shard_rows: int) -> tuple[int, int]:
+def _chunk_shape(spec: MatrixSpec, shard_rows: int) -> tuple[int, ...]:
     """Return the inner chunk: about CHUNK_BYTES, a power of two of rows that divides the shard."""
-    n_columns = 1 if spec.per_column_chunks else spec.n_columns
-    wanted = max(4, round(math.log2(CHUNK_BYTES / (n_columns * dtype_of(spec.dtype).itemsize))))
+    row_shape = (*spec.row_shape[:-1], 1) if spec.per_column_chunks else spec.row_shape
+    wanted = max(4, round(math.log2(CHUNK_BYTES / (math.prod(row_shape) * dtype_of(spec.dtype).itemsize))))
     divides = shard_rows & -shard_rows
-    return min(2**wanted, divides), n_columns
+    return (min(2**wanted, divides), *row_shape)
 
 
 def _array(spec: MatrixSpec, n_rows: int, shard_rows: int) -> tuple[zarr.Array[Any], dict[str, Any]]:
     return memory_array(
         name="a",
-        shape=(n_rows, spec.n_columns),
+        shape=(n_rows, *spec.row_shape),
         chunks=_chunk_shape(spec, shard_rows),
-        shards=(shard_rows, spec.n_columns),
+        shards=(shard_rows, *spec.row_shape),
         dtype=dtype_of(spec.dtype),
         fill=FILLER[spec.dtype],
-        axes=("row", spec.column_axis),
+        axes=spec.axes,
         attributes={"columns": list(spec.columns)} if spec.columns else {},
     )
 
@@ -127,13 +127,13 @@ def lengthened(metadata: bytes, n_rows: int) -> bytes:
 def encode_shard(spec: MatrixSpec, values: npt.NDArray[Any], shard_rows: int) -> bytes:
     """Return the bytes of one shard's file; rows that `values` lacks become filler."""
     array, files = _array(spec, shard_rows, shard_rows)
-    whole = np.full((shard_rows, spec.n_columns), FILLER[spec.dtype], dtype=dtype_of(spec.dtype))
+    whole = np.full((shard_rows, *spec.row_shape), FILLER[spec.dtype], dtype=dtype_of(spec.dtype))
     whole[: len(values)] = values
     array[:] = whole
-    data: bytes = files["a/" + shard_file(0)].to_bytes()
+    data: bytes = files["a/" + shard_file(0, len(spec.axes))].to_bytes()
     return data
 
 
-def shard_file(shard: int) -> str:
+def shard_file(shard: int, n_axes: int = 2) -> str:
     """Return the name of a shard's file inside its array's directory."""
-    return f"c{SEPARATOR}{shard}{SEPARATOR}0"
+    return SEPARATOR.join(["c", str(shard), *["0"] * (n_axes - 1)])

@@ -42,13 +42,14 @@ def metadata_file(path: str) -> str:
 def is_row_keyed(path: str) -> bool:
     """Return whether a `zarr.json` is that of an array whose first axis is `row`."""
     parts = path.split("/")[1:-1]
-    depth = {"corpus": 2, "sites": 2, "predictions": 2, "reconstruction": 2, "lens": 4}.get(parts[0] if parts else "")
+    depths = {"corpus": 2, "sites": 2, "predictions": 2, "reconstruction": 2, "attention": 3, "lens": 4}
+    depth = depths.get(parts[0] if parts else "")
     return depth == len(parts) and parts[:2] != ["corpus", "segments"]
 
 
-def matrix_file(path: str, shard: int) -> str:
+def matrix_file(path: str, shard: int, n_axes: int = 2) -> str:
     """Return where one shard of a row-keyed matrix lies."""
-    return f"{ARRAYS}/{path}/c.{shard}.0"
+    return f"{ARRAYS}/{path}/" + ".".join(["c", str(shard), *["0"] * (n_axes - 1)])
 
 
 def firings_file(sae: str, shard: int) -> str:

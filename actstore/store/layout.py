@@ -145,7 +145,7 @@ class PassFile:
     def to_json(self) -> dict[str, Any]:
         """Return the body of `pass.json`."""
         body = asdict(self)
-        body["matrices"] = [{**asdict(spec), "columns": list(spec.columns)} for spec in self.matrices]
+        body["matrices"] = [_matrix_json(spec) for spec in self.matrices]
         return {**body, "firings": [asdict(spec) for spec in self.firings], "health": list(self.health)}
 
     @classmethod
@@ -159,3 +159,9 @@ class PassFile:
             files={path: FileProof(**proof) for path, proof in body["files"].items()},
             health=tuple(body["health"]),
         )
+
+
+def _matrix_json(spec: MatrixSpec) -> dict[str, Any]:
+    """Return a matrix as JSON values; `n_heads`, which came later, only where there are any."""
+    body = {**asdict(spec), "columns": list(spec.columns)}
+    return {key: value for key, value in body.items() if key != "n_heads" or value is not None}

@@ -85,8 +85,8 @@ class PassWriter:
         shard_rows = self.writer.store.shard_rows
         for spec in filter(lambda one: self._owns(one.path), self.made.matrices):
             values = block.matrices[spec.path]
-            assert values.shape == (shard_rows, spec.n_columns), (spec.path, values.shape)
-            name = matrix_file(spec.path, block.shard)
+            assert values.shape == (shard_rows, *spec.row_shape), (spec.path, values.shape)
+            name = matrix_file(spec.path, block.shard, len(spec.axes))
             files[name] = prove_and_write(self.root, name, encode_shard(spec, values, shard_rows), [values])
         return files
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from actstore.recipe import Recipe
 from actstore.sealed import canonical_json
 from actstore.sites import parse_site
 
@@ -22,14 +23,15 @@ def small_tables(
     receipts: Receipts,
     manifests: Sequence[Mapping[str, Any]],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of `store`, `passes`, `sites`, `saes` and `health`, and which lenses and roles there are."""
+    """Return the rows of `store`, `passes`, `sites`, `saes` and `health`; which lenses, attention, roles there are."""
     return {
         "store": [_store(store, layout, receipts)],
         "passes": [_pass(one, made, layout, receipts) for one, made in passes.items()],
         "sites": site_rows(layout, passes),
         "saes": sae_rows(layout, passes),
         "lenses": _lenses(layout),
-        "roles": [],
+        "attention": _attention(layout, passes),
+        "roles": _roles(manifests),
         "health": _corpus_health(manifests) + [dict(check) for made in passes.values() for check in made.health],
     }
 
@@ -112,6 +114,22 @@ def _saes(pass_id: str, made: PassFile, layout: Layout) -> list[dict[str, Any]]:
 def _lenses(layout: Layout) -> list[dict[str, Any]]:
     paths = (artifact.split("/") for artifact in layout.artifacts if artifact.startswith("lens/"))
     return [{"lens": lens, "site": site} for _, lens, site in paths]
+
+
+def _attention(layout: Layout, passes: Mapping[str, PassFile]) -> list[dict[str, Any]]:
+    """Return the layers whose attention is stored, and the least weight of an edge that their pass wants indexed."""
+    named = ((artifact.partition("/"), one) for artifact, one in layout.artifacts.items())
+    owners = {int(layer): one for (kind, _, layer), one in named if kind == "attention" and layer.isdecimal()}
+    return [
+        {"layer": layer, "minimum": Recipe.from_json(passes[one].recipe).attention_min}
+        for layer, one in sorted(owners.items())
+    ]
+
+
+def _roles(manifests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the roles of chats by their code; each segment continues the list of the one before."""
+    names = manifests[-1]["describe"].get("roles", ()) if manifests else ()
+    return [{"code": code, "role": role} for code, role in enumerate(names)]
 
 
 def _corpus_health(manifests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
