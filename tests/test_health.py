@@ -51,3 +51,11 @@ def test_the_page_says_what_was_measured() -> None:
     for line in lines:
         if line[1] == "rightly" or line[1].startswith("read at"):
             assert ("accepted" in line[4]) == (line[1] == "rightly"), line
+    refused = [line[4] for line in lines if line[1] in ("weights transposed", "a model with unscaled embeddings")]
+    assert len(refused) == 2 * len(assets().saes) and all("refused" in said for said in refused)
+
+
+def test_a_model_that_forgets_the_scale_of_its_embedding_is_refused(program: ModuleType) -> None:
+    model = load_model(str(assets().model), dtype="float32", device="cpu")
+    assert program.refusal_of_model(model) == "model accepted"
+    assert program.refusal_of_model(program.unscaled(model)) == "model refused (scale of the embedding)"

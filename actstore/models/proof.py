@@ -105,9 +105,9 @@ def _sequences(model: LoadedModel, vocabulary_ids: Sequence[int] | None) -> list
 
 def _needed(model: LoadedModel, wanted: Sequence[Site]) -> list[Site]:
     layers = {site.layer for site in wanted if site.layer is not None}
-    helpers = {Site(kind, layer) for layer in layers for kind in _INSIDE_A_LAYER} | {_last_residual(model)}
-    if _EMBEDDING in wanted:
-        helpers.add(_FIRST_RESIDUAL)
+    # The embedding in any case: one that is not scaled makes every stream above it another model's.
+    everywhere = {_EMBEDDING, _FIRST_RESIDUAL, _last_residual(model)}
+    helpers = {Site(kind, layer) for layer in layers for kind in _INSIDE_A_LAYER} | everywhere
     return [*wanted, *(helpers & set(model.sites()) - set(wanted))]
 
 
