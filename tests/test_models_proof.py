@@ -43,6 +43,7 @@ def test_only_the_layers_that_were_asked_for_are_proved(model: LoadedModel) -> N
         "post-norm(attn_out_raw) = attn_out": "attn_out.1",
         "ln2_normalized · gain = ln2": "ln2.1",
         "post-norm(mlp_out_raw) = mlp_out": "mlp_out.1",
+        "scale · embed_raw + position = resid_pre": "resid_pre.0",
         "unembedding(resid_post) = the model's logits": "resid_post.2",
         "the start of a sequence = its rows in the whole": "resid_post.2",
         "a padded batch = single runs": "z.1",
