@@ -33,10 +33,10 @@ wrongly. A run stops where the FVU at the declared site exceeds 1, or another si
 explains it more than 5 % better. FVU = Σ‖x − x̂‖² / Σ‖x − mean‖², the mean per dimension (Gemma Scope's definition).
 
 Every wrong site is refused, and so are transposed weights. A model that forgets the scale of its embedding is another
-model, of which SAEs of deep layers still explain much; the model's own proof refuses it. What the rule cannot see is a mistake that is the same at every site and leaves the right
-one the best: `b_dec` subtracted before the encoder raises the FVU four- to ninefold and is accepted, because these SAEs
-declare no FVU to compare with; thresholds rounded to float16 change nothing that matters. So encoders take the equation
-from the format, never from a guess.
+model, of which SAEs of deep layers still explain much; the model's own proof refuses it. What the rule cannot see is a
+mistake that is the same at every site and leaves the right one the best: `b_dec` subtracted before the encoder raises
+the FVU four- to ninefold and is accepted, because these SAEs declare no FVU to compare with; thresholds rounded to
+float16 change nothing that matters. So encoders take the equation from the format, never from a guess.
 """
 
 Rows = dict[Site, torch.Tensor]
