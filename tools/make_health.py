@@ -144,7 +144,7 @@ def page() -> str:
         fvu, l0, said = verdict(coder, without_scale)
         said = f"{refused}; SAE: {said}"
         lines.append(f"| {coder.identity.sae} | a model with unscaled embeddings | {fvu:.3g} | {l0:.1f} | {said} |")
-        lines.append(f"| {coder.identity.sae} | weights transposed | | | {refusal_of_transposed(coder)} |")
+        lines.append(f"| {coder.identity.sae} | weights transposed | – | – | {refusal_of_transposed(coder)} |")
     return "\n".join(lines) + "\n"
 
 
