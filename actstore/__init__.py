@@ -9,6 +9,7 @@ Importing this, and every offline question, imports neither torch nor transforme
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from .api import Store
     from .extraction import Outcome
 
-__all__ = ["ActstoreError", "extract", "open"]
+__all__ = ["ActstoreError", "encode", "extract", "open"]
 __version__ = "0.1.0"
 
 
@@ -42,3 +43,14 @@ def extract(model: Any, dataset: Any, *, out: str | Path, **options: Any) -> Out
     from .maintenance import extract_and_index
 
     return extract_and_index(model=model, dataset=dataset, out=Path(out), **options)
+
+
+def encode(store: str | Path, saes: Sequence[str], **options: Any) -> Outcome:
+    """Encode the stored sites of a store with new SAEs, without the model, and index the firings.
+
+    saes: `[ID=]SOURCE[@SITE]` each, as for `extract`. Options are the fields of `actstore.extraction.EncodeRequest`.
+    Raises ActstoreError for everything that a user can cause; what was finished is kept, the same call resumes.
+    """
+    from .maintenance import encode_and_index
+
+    return encode_and_index(store, saes=saes, **options)

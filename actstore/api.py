@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -14,6 +15,7 @@ from .errors import InvalidInput, MissingInput, QueryError, UnknownName, explain
 from .index import Catalog, Connection, Part, load_catalog, open_index, plain_connection
 from .lenses import Functions
 from .named import named_query
+from .plots import Asked
 from .progress import Report, silent
 from .results import Result, distinct_names
 from .store import StoreReader
@@ -179,7 +181,11 @@ class Store:
         for table, remedy in query.needs:
             if not len(self.sql(f'SELECT 1 FROM "{table}" LIMIT 1')):
                 raise QueryError(explain(f"The query {name!r} reads {table}, which is empty here", next_step=remedy))
-        return self.sql(query.sql, bound, limit=limit)
+        return replace(self.sql(query.sql, bound, limit=limit), asked=self._asked(name, bound))
+
+    def _asked(self, query: str, parameters: Mapping[str, Any]) -> Asked:
+        model = self.reader.store.model["identity"]["name"]
+        return Asked(query, parameters, f"{model}, {self.url.rstrip('/').rpartition('/')[2]}")
 
     def _must_exist(self, kind: str, value: Any, sae: str | None = None) -> None:
         """Raise UnknownName where a query is about an SAE, a feature of it, a site or a document that is not stored."""
@@ -252,21 +258,24 @@ class Store:
         """Return a lens at stored residual sites over a document: site, layer, pos, row, input, rank, token, logprob.
 
         "logit", or "tuned" with the `folder` of a tuned lens, published or fitted here; computed from the stored
-        residual streams and the kit. Raises UnknownName for another lens, site or document, InvalidInput for a lens of
-        another model, UnsupportedFormat for a folder that is not read.
+        residual streams and the kit. Or the name of a tuned lens that was saved, as it was. Raises UnknownName for
+        another lens, site or document, InvalidInput for a lens of another model, UnsupportedFormat for a folder that is
+        not read.
         """
-        known = ["logit"] if folder is None else ["tuned"]
+        saved = {row["lens"] for row in self.reader.tables()["lenses"]} - {"logit"}
+        known = ["logit", *sorted(saved)] if folder is None else ["tuned"]
         if lens not in known:
             next_step = 'store.lens("tuned", doc=…, folder=…) with the folder of a tuned lens'
             raise unknown_name("lens", lens, known, next_step=next_step)
         if folder is None:
-            return self.query("logit_lens", {"doc": doc, "k": k, "sites": sites})
+            return self.query("logit_lens", {"doc": doc, "k": k, "sites": sites, "lens": lens})
         from .lenses.tuned import TunedLens, lens_table
 
         self._must_exist("doc", doc)
         place = self.sql("SELECT seq, pos, row, token AS input FROM tokens WHERE doc = ? ORDER BY row", [doc])
         opened = TunedLens.open(folder, allow_pt=allow_pt)
-        return Result(lens_table(self.functions, opened, sites, place.table, k))
+        asked = self._asked("logit_lens", {"doc": doc, "k": k, "sites": sites, "lens": lens})
+        return Result(lens_table(self.functions, opened, sites, place.table, k), asked=asked)
 
     def loader(self, sites: str | Sequence[str], batch_rows: int = 4096, seed: int = 0, **options: Any) -> RowLoader:
         """Return a torch DataLoader over the rows of stored sites, shuffled, every row once an epoch.

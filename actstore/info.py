@@ -8,7 +8,7 @@ from typing import Any
 
 from .api import INDEX, Store
 from .blocks import artifact_of
-from .store import StoreReader
+from .store import StoreReader, kit_file
 
 __all__ = ["Description", "describe"]
 
@@ -79,7 +79,7 @@ def describe(store: Store) -> Description:
         saes=list(tables["saes"]),
         n_bytes={
             **_artifact_bytes(reader),
-            "kit": _kit_bytes(reader),
+            **_kit_bytes(reader),
             **({"index": _index_bytes(store)} if indexed else {}),
         },
         index=_index(store) if indexed else None,
@@ -101,8 +101,16 @@ def _artifact_bytes(reader: StoreReader) -> dict[str, int]:
     return dict(sorted(sizes.items()))
 
 
-def _kit_bytes(reader: StoreReader) -> int:
-    return sum(reader.location.size(f"kit/{name}") for name in reader.location.names("kit"))
+def _kit_bytes(reader: StoreReader) -> dict[str, int]:
+    """Return the bytes of the kit, all of it, then piece by piece; what passes share is counted once."""
+    names = {reader.store.vocabulary: "vocabulary"}
+    for pass_id, made in reader.passes.items():
+        needed = reader.layout.kit_of(pass_id, made)
+        names |= {digest: name for name, digest in made.kit.items() if digest in needed}
+    present = reader.location.names("kit")
+    files = {name: kit_file(digest) for digest, name in names.items() if kit_file(digest).split("/")[1] in present}
+    sizes = {f"kit/{name}": reader.location.size(file) for name, file in files.items()}
+    return {"kit": sum(sizes.values()), **dict(sorted(sizes.items()))}
 
 
 def _index_bytes(store: Store) -> int:

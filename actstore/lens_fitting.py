@@ -58,7 +58,8 @@ def fit_lens(
     """
     import torch
 
-    from .lenses.fitting import FitOptions, fit_translator, unembedding_of
+    from .lenses.fitting import FitOptions, fit_translator
+    from .models import unembedding_of
 
     settings = FitOptions(**options)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -24,6 +23,7 @@ from .errors import InvalidInput, explain
 from .row_order import ROWS, RowOrder, Stream, permutation
 from .sealed import digest_of
 from .store import StoreReader
+from .tensors import as_tensor
 
 __all__ = ["Batch", "RowLoader", "make_loader"]
 
@@ -63,7 +63,7 @@ class RowBatches(Dataset[Batch]):
             {name: self._given(column[here]) for name, column in self._buffer(epoch, group).items()}
             for group, here in self.plan(epoch)[stream].groups_of(number * self.order.batch_rows, self.order.batch_rows)
         ]
-        columns = {name: _tensor(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+        columns = {name: as_tensor(np.concatenate([part[name] for part in parts])) for name in parts[0]}
         return columns if self.as_dict else columns[self.sites[0]]
 
     def _given(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -122,12 +122,6 @@ def _wanted(reader: StoreReader, shard: int, plain_only: bool) -> Rows:
 
 def _n_rows(reader: StoreReader, shard: int, plain_only: bool) -> int:
     return len(_wanted(reader, shard, plain_only)) if plain_only else int(reader.rows_used[shard])
-
-
-def _tensor(values: npt.NDArray[Any]) -> torch.Tensor:
-    if values.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(values)
 
 
 class _Places(Sampler[Place]):

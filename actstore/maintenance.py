@@ -1,15 +1,13 @@
-"""What changes a store from outside: extract, index, verify, gc, drop, label."""
+"""What changes a store from outside: extract, encode, save a lens, index, verify, gc, drop, label."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidInput, MissingInput, explain, unknown_name
 from .index import Catalog, build_index, find_orphans, gc_index, verify_index
+from .labels import read_labels
 from .progress import Report, silent
 from .sealed import write_sealed
 from .sites import Site, parse_site
@@ -20,7 +18,16 @@ if TYPE_CHECKING:
 
 LOCK_SECONDS = 3600.0  # another process may be tokenising a large corpus, or indexing
 
-__all__ = ["collect_garbage", "drop", "extract_and_index", "index", "label", "verify"]
+__all__ = [
+    "collect_garbage",
+    "drop",
+    "encode_and_index",
+    "extract_and_index",
+    "index",
+    "label",
+    "save_lens_and_index",
+    "verify",
+]
 
 
 def extract_and_index(*, report: Report = silent, with_index: bool = True, **options: Any) -> Outcome:
@@ -30,6 +37,37 @@ def extract_and_index(*, report: Report = silent, with_index: bool = True, **opt
     """
     from .extraction import Request, extract
 
+    request = Request(**_with_tuples(options))
+    return _indexed(request.out, extract(request, report), report, with_index)
+
+
+def encode_and_index(store: str | Path, *, report: Report = silent, with_index: bool = True, **options: Any) -> Outcome:
+    """Encode stored sites with new SAEs, then index what is done, without the model.
+
+    `options` are the fields of `EncodeRequest`. Raises ActstoreError for everything that a user can cause.
+    """
+    from .extraction import EncodeRequest, encode
+
+    request = EncodeRequest(store=local(store), **_with_tuples(options))
+    return _indexed(request.store, encode(request, report), report, with_index)
+
+
+def save_lens_and_index(
+    store: str | Path, *, report: Report = silent, with_index: bool = True, **options: Any
+) -> Outcome:
+    """Read stored residual streams through a lens and store what it says, then index it, without the model.
+
+    `options` are those of `actstore.lens_saving.LensRequest`. Raises ActstoreError for everything that a user can
+    cause.
+    """
+    from .lens_saving import LensRequest, save_lens
+
+    request = LensRequest(store=local(store), **_with_tuples(options))
+    return _indexed(request.store, save_lens(request, report), report, with_index)
+
+
+def _with_tuples(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options whose lists are tuples; raises InvalidInput where a list is a text."""
     for name in ("sites", "saes", "lens_sites"):
         if isinstance(options.get(name), str):
             raise InvalidInput(
@@ -37,11 +75,13 @@ def extract_and_index(*, report: Report = silent, with_index: bool = True, **opt
             )
         if name in options:
             options[name] = tuple(options[name])
-    request = Request(**options)
-    outcome = extract(request, report)
+    return options
+
+
+def _indexed(store: Path, outcome: Outcome, report: Report, with_index: bool) -> Outcome:
     if with_index and outcome.complete:
         # Whoever indexes at this moment may not see what we have just made: wait for it, then look again.
-        index(request.out, report, wait_seconds=LOCK_SECONDS)
+        index(store, report, wait_seconds=LOCK_SECONDS)
     return outcome
 
 
@@ -118,8 +158,9 @@ def drop(store: Path, artifact: str, report: Report = silent) -> str:
 
 def _artifact(text: str, writer: StoreWriter) -> str:
     known = [name for name in writer.layout.artifacts if not name.startswith("corpus/")]
-    candidates = (text, f"sites/{text}", f"firings/{text}", f"lens/logit/{text}")
-    found = [name for name in candidates if name in known]
+    candidates = (text, f"sites/{text}", f"firings/{text}")
+    lenses = [name for name in known if name.startswith("lens/") and name.endswith(f"/{text}")]
+    found = [name for name in candidates if name in known] + lenses
     if not found and "." in text:
         found = [name for name in (f"sites/{_canonical(text)}",) if name in known]
     if not found:
@@ -136,62 +177,25 @@ def _canonical(text: str) -> Site | str:
         return text
 
 
-def label(store: Path, file: Path) -> int:
-    """Name features from a `.csv` or `.jsonl` with the fields sae, feature, label; return how many were named.
+def label(store: Path, file: Path, report: Report = silent) -> int:
+    """Name features from a file of sae, feature, label, or of Neuronpedia's explanations; return how many were named.
 
-    Labels given before are kept unless the file names the same feature. Raises InvalidInput, with the line, for rows
-    that do not fit, UnknownName for an SAE that is not stored.
+    Labels given before are kept unless the file names the same feature. Explanations of SAEs that are not stored are
+    left out and reported. Raises InvalidInput, with the line, for rows that do not fit, UnknownName for an SAE that is
+    not stored.
     """
     root = local(store)
     reader = StoreReader(root)
-    widths = {row["sae"]: row["width"] for row in reader.saes}
     with exclusive(root):
         labels: dict[str, dict[str, str]] = {}
         for sae, feature, text in reader.labels():
             labels.setdefault(sae, {})[str(feature)] = text
-        n_named = 0
-        for number, row in _label_rows(file):
-            sae, feature, text = _label(row, f"{file}:{number}", widths)
+        found = read_labels(file, reader.saes)
+        for (sae, feature), text in found.texts.items():
             labels.setdefault(sae, {})[str(feature)] = text
-            n_named += 1
         write_sealed(root / "labels.json", {"labels": labels})
-    return n_named
-
-
-def _label_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if not file.is_file():
-        raise MissingInput(explain(f"There is no file {file}", accepted="a .csv or .jsonl of sae, feature, label"))
-    try:
-        yield from _parsed_labels(file)
-    except UnicodeDecodeError as error:
-        raise InvalidInput(explain(f"{file} is not UTF-8 ({error.reason})", next_step="convert it to UTF-8")) from None
-
-
-def _parsed_labels(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        if file.suffix == ".csv":
-            reader = csv.DictReader(lines)
-            yield from ((reader.line_num, dict(row)) for row in reader)
-            return
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = None
-                yield number, row if isinstance(row, dict) else {}
-
-
-def _label(row: dict[str, Any], where: str, widths: dict[str, int]) -> tuple[str, int, str]:
-    try:
-        sae, feature, text = row["sae"], int(str(row["feature"])), row["label"]
-        if not (isinstance(sae, str) and isinstance(text, str)):
-            raise TypeError
-        text.encode()  # a lone surrogate is no text
-    except (KeyError, TypeError, ValueError):
-        raise InvalidInput(explain(f"{where}: {row} is not a label", accepted="fields sae, feature, label")) from None
-    if sae not in widths:
-        raise unknown_name("stored SAE", sae, widths, next_step=f"correct {where}")
-    if not 0 <= feature < widths[sae]:
-        raise InvalidInput(explain(f"{where}: {sae} has no feature {feature}", accepted=f"0 to {widths[sae] - 1}"))
-    return sae, feature, text
+    for source, n_explanations in found.unknown.most_common(20):
+        report(f"left out: {n_explanations} explanations of {source}, which is not stored", 0, None, "")
+    if found.n_empty:
+        report(f"left out: {found.n_empty} explanations without a description", 0, None, "")
+    return len(found.texts)

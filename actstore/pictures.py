@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from .errors import QueryError, explain
+from .plots import one_line
 from .results import Result
 
 __all__ = ["lens_grid"]
@@ -49,5 +50,4 @@ def _cell(token: str, logprob: float) -> str:
 
 
 def _token(text: str) -> str:
-    shown = text.replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(one if one.isprintable() else "�" for one in shown)[:CELL]
+    return one_line(text)[:CELL]

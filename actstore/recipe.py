@@ -9,7 +9,16 @@ from typing import Any, Self
 from .errors import InvalidInput, explain
 from .sealed import digest_of
 
-__all__ = ["NOTHING_ASKED", "CorpusIdentity", "ModelIdentity", "Recipe", "SaeIdentity", "refuse_same_ids"]
+__all__ = [
+    "COMPUTE_DTYPES",
+    "NOTHING_ASKED",
+    "CorpusIdentity",
+    "ModelIdentity",
+    "Recipe",
+    "SaeIdentity",
+    "SourceIdentity",
+    "refuse_same_ids",
+]
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -58,6 +67,15 @@ class SaeIdentity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceIdentity:
+    """Which stored site a pass reads in the model's place."""
+
+    site: str
+    dtype: str  # as it is stored
+    digest: str  # of the recipe of the pass that stored it
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """All that determines a pass's numbers; frozen, comparable, digested."""
 
@@ -77,6 +95,9 @@ class Recipe:
     intervention: None = None
     attention_top: int = 0  # keys kept of every (layer, head, row); 0: no attention
     attention_min: float = 0.005  # edges of less weight stay out of the index
+    sources: tuple[SourceIdentity, ...] = ()  # stored sites that are read; none: the model ran
+    lens_name: str = "logit"
+    lens_digest: str | None = None  # of a tuned lens: sha256 over all that changes its numbers
 
     def __post_init__(self) -> None:
         for name, value in (("compute", self.compute_dtype), ("storage", self.storage_dtype)):
@@ -113,6 +134,7 @@ class Recipe:
         values["corpus"] = CorpusIdentity(**values["corpus"])
         values["saes"] = tuple(SaeIdentity(**coder) for coder in values["saes"])
         values["sites"], values["lens_sites"] = tuple(values["sites"]), tuple(values["lens_sites"])
+        values["sources"] = tuple(SourceIdentity(**source) for source in values.get("sources", ()))
         return cls(**values)
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -135,13 +157,13 @@ def refuse_same_ids(ids: Sequence[str]) -> None:
 
 _LATER = {
     SaeIdentity: ("write_site", "truncated_to"),
-    Recipe: ("attention_top", "attention_min"),
+    Recipe: ("attention_top", "attention_min", "sources", "lens_name", "lens_digest"),
 }
 
 
 def _without_later(body: Mapping[str, Any], of: type[SaeIdentity] | type[Recipe]) -> dict[str, Any]:
     """Return a body without the fields that were added to format 1 later and have their default value."""
-    defaults = {one.name: one.default for one in fields(of)}
+    defaults = {one.name: _plain(one.default) for one in fields(of)}
     return {key: value for key, value in body.items() if key not in _LATER[of] or value != defaults[key]}
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,15 +13,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from .errors import InvalidInput, MissingDependency, explain
+from .plots import Asked, answer_html, cell_text, draw
 
 if TYPE_CHECKING:
     import pandas
     import polars
 
-__all__ = ["Result", "distinct_names", "text_table"]
+    from .plots.sheet import Picture
 
-SHOWN_ROWS = 40  # of a table in a notebook
-CELL_CHARACTERS = 200
+__all__ = ["Result", "distinct_names", "text_table"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Result:
 
     table: pa.Table
     truncated: bool = False  # there were more rows than the limit
+    asked: Asked = field(default_factory=Asked)  # what it answers
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
         return self.table.__arrow_c_stream__(requested_schema)
@@ -78,15 +79,20 @@ class Result:
             raise InvalidInput(explain(f"The answer is {self.table.shape[0]} rows of {self.table.shape[1]} columns"))
         return self.table.column(0)[0].as_py()
 
+    def plot(self, out: str | Path | None = None, **options: Any) -> Picture:
+        """Return the picture of this answer as a matplotlib figure; write it to `out`, a .png, .pdf or .svg.
+
+        Options are the picture's: `first` and `last` position where it shows positions.
+        Raises QueryError for an answer that has no picture, InvalidInput for one too large to be read,
+        MissingDependency without matplotlib.
+        """
+        return draw(self.table, self.asked, truncated=self.truncated, out=out, **options)
+
     def __str__(self) -> str:
         return text_table(self)
 
     def _repr_html_(self) -> str:
-        shown = self.table.slice(0, SHOWN_ROWS).to_pylist()
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in self.table.column_names)
-        body = "".join(f"<tr>{''.join(f'<td>{_html_cell(row[name])}</td>' for name in row)}</tr>" for row in shown)
-        more = "" if len(self) <= SHOWN_ROWS and not self.truncated else f"<p>{_count(self)}</p>"
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
+        return answer_html(self.table, truncated=self.truncated)
 
 
 def distinct_names(table: pa.Table) -> pa.Table:
@@ -100,7 +106,7 @@ def distinct_names(table: pa.Table) -> pa.Table:
 
 def text_table(result: Result, *, width: int | None = None) -> str:
     """Return an answer as an aligned table of text, cut to the terminal's width."""
-    columns = [[_cell(value) for value in column.to_pylist()] for column in result.table.columns]
+    columns = [[cell_text(value) for value in column.to_pylist()] for column in result.table.columns]
     names = result.table.column_names
     numeric = [_is_number(field.type) for field in result.table.schema]
     total = width or shutil.get_terminal_size((160, 24)).columns
@@ -126,26 +132,6 @@ def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) 
     cut = [cell if len(cell) <= size else cell[: size - 1] + "…" for cell, size in zip(cells, widths, strict=True)]
     aligned = (c.rjust(w) if number else c.ljust(w) for c, w, number in zip(cut, widths, numeric, strict=True))
     return "  ".join(aligned).rstrip()
-
-
-def _cell(value: Any) -> str:
-    """Return a value as one line; line breaks and control characters are shown, not obeyed."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e6 else f"{value:.4e}"
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return ", ".join(" ".join(_cell(one) for one in item.values()) for item in value[:8])
-    if isinstance(value, list):
-        return f"[{', '.join(_cell(one) for one in value[:6])}{', …' if len(value) > 6 else ''}]"
-    text = str(value).replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(one if one.isprintable() else "�" for one in text)
-
-
-def _html_cell(value: Any) -> str:
-    text = _cell(value)
-    shown = text if len(text) <= CELL_CHARACTERS else text[:CELL_CHARACTERS] + "…"
-    return html.escape(shown).replace("«", "<mark>").replace("»", "</mark>")
 
 
 def _is_number(kind: pa.DataType) -> bool:

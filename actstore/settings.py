@@ -24,7 +24,13 @@ class Setting:
 
 SETTINGS = {
     setting.name: setting
-    for setting in (Setting("ACTSTORE_CACHE", "~/.cache/actstore", "where files of remote stores are kept, by digest"),)
+    for setting in (
+        Setting(
+            "ACTSTORE_CACHE",
+            "~/.cache/actstore",
+            "where files of remote stores are kept, by digest, and through which local stores share kit pieces",
+        ),
+    )
 }
 
 

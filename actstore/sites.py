@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import InvalidInput, UnknownName, explain, unknown_name
 
-__all__ = ["KINDS", "Site", "expand_sites", "not_on_model", "parse_site"]
+__all__ = ["KINDS", "Missing", "Site", "expand_sites", "not_on_model", "not_stored", "parse_site"]
 
 # The order in which a forward pass reaches the kinds of one layer; `Site` sorts by it.
 KINDS: tuple[str, ...] = (
@@ -118,12 +118,12 @@ _MISSING_BECAUSE = {
     "ln2": "no norm stands before this model's MLP: it reads resid_mid",
     "ln2_normalized": "no norm stands before this model's MLP: it reads resid_mid",
 }
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"blocks\.(\d{1,6})\.(.+)")
 _MODULE = re.compile(
-    r"(?:(?:language_)?model\.(?:language_model\.|model\.)?layers|transformer\.h|gpt_neox\.layers)\.(\d+)\.(.+)"
+    r"(?:(?:language_)?model\.(?:language_model\.|model\.)?layers|transformer\.h|gpt_neox\.layers)\.(\d{1,6})\.(.+)"
 )
-_POINT = re.compile(r"ie:([a-z0-9_]+)\.(\d+)")
-_NAME = re.compile(r"([a-z0-9_]+)(?:\.(\d+))?")
+_POINT = re.compile(r"ie:([a-z0-9_]+)\.(\d{1,6})")
+_NAME = re.compile(r"([a-z0-9_]+)(?:\.(\d{1,6}))?")
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,10 @@ class Site:
         """Place in the forward pass: sites sort by it, and the deepest one ends the pass."""
         layer = -1 if self.kind == "embed_raw" else 1 << 30 if self.layer is None else self.layer
         return layer, KINDS.index(self.kind)
+
+
+Missing = Callable[[Site | str, Iterable[Site]], UnknownName]
+"""What makes the error for a site or pattern that is not there, from the sites that are."""
 
 
 def parse_site(text: str) -> Site:
@@ -190,44 +194,6 @@ def _aliased(text: str, name: str, layer: int, kinds: Mapping[str, str], what: s
     return Site(kinds[name], layer)
 
 
-def expand_sites(patterns: Sequence[str], existing: Iterable[Site]) -> tuple[Site, ...]:
-    """Return the sites that `patterns` name, in forward order, each once.
-
-    A pattern is a name, `kind.*`, `kind.0-5` or `kind.5,10,20`; what it names must be among `existing`.
-    Raises UnknownName, listing what exists, for a site that this model does not have.
-    """
-    available = sorted(existing, key=lambda site: site.depth)
-    chosen: set[Site] = set()
-    for pattern in patterns:
-        chosen.update(_expand(pattern.strip(), available))
-    return tuple(sorted(chosen, key=lambda site: site.depth))
-
-
-def _expand(pattern: str, available: Sequence[Site]) -> list[Site]:
-    kind, _, layers = pattern.partition(".")
-    if "*" in pattern:
-        found = [site for site in available if fnmatch.fnmatchcase(str(site), pattern)]
-        if not found:
-            raise not_on_model(pattern, available)
-        return found
-    if kind in KINDS and re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", layers):
-        wanted = [Site(kind, layer) for part in layers.split(",") for layer in _layers(part)]
-    else:
-        wanted = [parse_site(pattern)]
-    for site in wanted:
-        if site not in available:
-            raise not_on_model(site, available)
-    return wanted
-
-
-def _layers(part: str) -> range:
-    first, _, last = part.partition("-")
-    layers = range(int(first), int(last or first) + 1)
-    if not layers:
-        raise InvalidInput(explain(f"The layers {part!r} are none", accepted="first-last with first ≤ last, as in 0-5"))
-    return layers
-
-
 def not_on_model(wanted: Site | str, available: Iterable[Site]) -> UnknownName:
     """Return the error for a site or pattern that a model does not have: what it has, and why this one is missing."""
     spans: dict[str, list[int]] = {}
@@ -238,3 +204,49 @@ def not_on_model(wanted: Site | str, available: Iterable[Site]) -> UnknownName:
     why = _MISSING_BECAUSE[kind] + "; " if kind in _MISSING_BECAUSE and kind not in spans else ""
     next_step = f"{why}choose one that this model has, e.g. 'resid_post.*'"
     return unknown_name("site", str(wanted), shown, next_step=next_step)
+
+
+def not_stored(wanted: Site | str, available: Iterable[Site]) -> UnknownName:
+    """Return the error for a site or pattern that a store does not have: what it has, and how to add this one."""
+    next_step = f"store it first: actstore extract MODEL --into STORE --site '{wanted}'"
+    return unknown_name("stored site", str(wanted), map(str, available), next_step=next_step)
+
+
+def expand_sites(
+    patterns: Sequence[str], existing: Iterable[Site], missing: Missing = not_on_model
+) -> tuple[Site, ...]:
+    """Return the sites that `patterns` name, in forward order, each once.
+
+    A pattern is a name, `kind.*`, `kind.0-5` or `kind.5,10,20`; what it names must be among `existing`.
+    Raises what `missing` says for one that is not: an UnknownName that lists what exists, on this model by default.
+    """
+    available = sorted(existing, key=lambda site: site.depth)
+    chosen: set[Site] = set()
+    for pattern in patterns:
+        chosen.update(_expand(pattern.strip(), available, missing))
+    return tuple(sorted(chosen, key=lambda site: site.depth))
+
+
+def _expand(pattern: str, available: Sequence[Site], missing: Missing) -> list[Site]:
+    kind, _, layers = pattern.partition(".")
+    if "*" in pattern:
+        found = [site for site in available if fnmatch.fnmatchcase(str(site), pattern)]
+        if not found:
+            raise missing(pattern, available)
+        return found
+    if kind in KINDS and re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", layers):
+        wanted = [Site(kind, layer) for part in layers.split(",") for layer in _layers(part)]
+    else:
+        wanted = [parse_site(pattern)]
+    for site in wanted:
+        if site not in available:
+            raise missing(site, available)
+    return wanted
+
+
+def _layers(part: str) -> range:
+    first, _, last = part.partition("-")
+    layers = range(int(first), int(last or first) + 1)
+    if not layers:
+        raise InvalidInput(explain(f"The layers {part!r} are none", accepted="first-last with first ≤ last, as in 0-5"))
+    return layers

@@ -13,7 +13,7 @@ from actstore.info import describe
 from actstore.named import load_queries
 from actstore.pictures import lens_grid
 
-from .output import FORMATS, json_option, print_json, print_result, store_argument
+from .output import FORMATS, draw_result, json_option, plot_option, print_json, print_result, store_argument
 
 __all__ = ["info", "lens", "queries", "query", "sql", "stats", "top"]
 
@@ -46,14 +46,30 @@ def sql(store: str, statement: str, form: str, output: Path | None, limit: int, 
 @click.option("-p", "--parameter", "given", multiple=True, metavar="KEY=VALUE", help="A parameter of the query.")
 @format_option
 @output_option
-@click.option("--limit", type=click.IntRange(min=1), default=10_000, show_default=True, help="Rows at most.")
+@click.option("--limit", type=click.IntRange(min=1), help="Rows at most [10000; of a picture 1000000].")
+@plot_option
+@click.option("--first", type=int, help="First position of the picture.")
+@click.option("--last", type=int, help="Last position of the picture.")
 @json_option
 def query(
-    store: str, name: str, given: tuple[str, ...], form: str, output: Path | None, limit: int, as_json: bool
+    store: str,
+    name: str,
+    given: tuple[str, ...],
+    form: str,
+    output: Path | None,
+    limit: int | None,
+    plot: Path | None,
+    first: int | None,
+    last: int | None,
+    as_json: bool,
 ) -> None:
     """Ask STORE a named query; `actstore queries` lists them with their parameters."""
     with actstore.open(store) as opened:
-        print_result(opened.query(name, _parameters(given), limit=limit), _form(as_json, form), output)
+        result = opened.query(name, _parameters(given), limit=limit or (1_000_000 if plot else 10_000))
+    if plot:
+        draw_result(result, plot, first=first, last=last)
+    else:
+        print_result(result, _form(as_json, form), output)
 
 
 def _parameters(given: tuple[str, ...]) -> dict[str, str]:
@@ -93,6 +109,7 @@ def queries(name: str | None, as_json: bool) -> None:
 @click.option("--last", type=int, help="Last position shown.")
 @click.option("--tuned", type=click.Path(path_type=Path), help="The folder of a tuned lens [the logit lens].")
 @click.option("--allow-pt", is_flag=True, help="Read a tuned lens from params.pt too (torch.load, weights only).")
+@plot_option
 @json_option
 def lens(
     store: str,
@@ -103,13 +120,16 @@ def lens(
     last: int | None,
     tuned: Path | None,
     allow_pt: bool,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """What each layer would predict at each token of a document of STORE: the logit lens, or a tuned one."""
     with actstore.open(store) as opened:
         kind = "tuned" if tuned else "logit"
         result = opened.lens(kind, doc=doc, k=k, sites=sites, folder=tuned, allow_pt=allow_pt)
-    if as_json or k > 1:
+    if plot:
+        draw_result(result, plot, first=first, last=last)
+    elif as_json or k > 1:
         print_result(result, _form(as_json))
     else:
         click.echo(lens_grid(result, first=first, last=last))
@@ -121,11 +141,16 @@ def lens(
 @click.argument("feature", type=int)
 @click.option("-k", type=int, default=20, show_default=True, help="How many.")
 @click.option("--per-document", type=int, default=0, show_default=True, help="At most so many of a document; 0: all.")
+@plot_option
 @json_option
-def top(store: str, sae: str, feature: int, as_json: bool, **options: Any) -> None:
+def top(store: str, sae: str, feature: int, plot: Path | None, as_json: bool, **options: Any) -> None:
     """The strongest firings of an SAE's FEATURE in STORE, each in its context."""
     with actstore.open(store) as opened:
-        print_result(opened.query("max_activating", {"sae": sae, "feature": feature, **options}), _form(as_json))
+        result = opened.query("max_activating", {"sae": sae, "feature": feature, **options})
+    if plot:
+        draw_result(result, plot)
+    else:
+        print_result(result, _form(as_json))
 
 
 @click.command()
@@ -133,11 +158,19 @@ def top(store: str, sae: str, feature: int, as_json: bool, **options: Any) -> No
 @click.argument("sae")
 @click.option("--feature", type=int, help="One feature only.")
 @click.option("-k", type=int, default=20, show_default=True, help="How many.")
+@plot_option
 @json_option
-def stats(store: str, sae: str, feature: int | None, k: int, as_json: bool) -> None:
-    """How often and how strongly features of an SAE fire, and how many never do."""
+def stats(store: str, sae: str, feature: int | None, k: int, plot: Path | None, as_json: bool) -> None:
+    """How often and how strongly features of an SAE fire, and how many never do; drawn, one is a histogram."""
     with actstore.open(store) as opened:
-        print_result(opened.query("feature_stats", {"sae": sae, "feature": feature, "k": k}), _form(as_json))
+        if plot and feature is not None:
+            result = opened.query("activation_histogram", {"sae": sae, "feature": feature})
+        else:
+            result = opened.query("feature_stats", {"sae": sae, "feature": feature, "k": k})
+    if plot:
+        draw_result(result, plot)
+    else:
+        print_result(result, _form(as_json))
 
 
 @click.command()

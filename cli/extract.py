@@ -9,7 +9,8 @@ import click
 
 from actstore.errors import InvalidInput, explain
 
-from .output import bytes_text, print_json, progress
+from .output import progress
+from .passes import print_outcome, print_plan
 
 __all__ = ["extract"]
 
@@ -43,6 +44,9 @@ Examples:
 )
 @click.option(
     "--neurons-top", type=int, default=64, show_default=True, help="Largest activations a row kept of --sae neurons:…"
+)
+@click.option(
+    "--sae-weights/--no-sae-weights", default=True, help="Keep the SAEs' weights, for directions and attribution [yes]."
 )
 @click.option("--predictions/--no-predictions", default=None, help="Store the model's own next-token result [yes].")
 @click.option("--context", type=int, help="Tokens of a window, BOS included [1024].")
@@ -96,40 +100,11 @@ def extract(
 
     with progress() as report:
         outcome = extract_and_index(report=report, with_index=not no_index, **asked)
-    if as_json:
-        print_json(vars(outcome))
-        return
-    speed = outcome.n_rows_made / outcome.seconds if outcome.seconds else 0
-    state = "complete" if outcome.complete else "not complete: other processes are at work, or segments are missing"
-    click.echo(
-        f"Pass {outcome.pass_id} is {state}. Made {outcome.n_shards_made} shards, {outcome.n_rows_made} tokens "
-        f"in {outcome.seconds:.1f} s ({speed:.0f} tokens/s)."
-    )
-    if outcome.unfinished:
-        click.echo(
-            f"Other passes lack shards: {', '.join(outcome.unfinished)}. Run the commands that made them again "
-            f"(their recipes: actstore sql {asked['out']} 'SELECT pass, recipe FROM passes')."
-        )
-    click.echo(f"Next: actstore info {asked['out']}")
+    print_outcome(outcome, asked["out"], as_json)
 
 
 def _plan(asked: dict[str, Any], as_json: bool) -> None:
     from actstore.extraction import Request, plan_extraction
 
     with progress() as report:
-        plan = plan_extraction(Request(**asked), report)
-    if as_json:
-        sizes = {size.artifact: size.n_bytes for size in plan.artifacts}
-        print_json({**vars(plan), "artifacts": sizes, "total_bytes": plan.total_bytes})
-        return
-    click.echo(f"{plan.n_documents} documents, {plan.n_rows} tokens, {plan.n_shards} shards")
-    if plan.edges_per_token:
-        click.echo(f"{plan.edges_per_token} edges of attention a token: layers x heads x keys kept")
-    for name, n_bytes in [
-        *((size.artifact, size.n_bytes) for size in plan.artifacts),
-        ("index", plan.index_bytes),
-        ("kit", plan.kit_bytes),
-        ("together", plan.total_bytes),
-        ("free on the disk", plan.free_bytes),
-    ]:
-        click.echo(f"  {name:<40} {bytes_text(n_bytes):>10}")
+        print_plan(plan_extraction(Request(**asked), report), as_json)

@@ -68,7 +68,7 @@ def gc(store: Path, as_json: bool) -> None:
 @store_path
 @click.argument("artifact")
 def drop(store: Path, artifact: str) -> None:
-    """Remove ARTIFACT (a site, an SAE's id, predictions, lens/logit/SITE) from STORE and free its space."""
+    """Remove ARTIFACT (a site, an SAE's id, predictions, lens/LENS/SITE) from STORE and free its space."""
     with progress() as report:
         name = maintenance.drop(store, artifact, report)
     click.echo(f"{name} is gone. To have it again: actstore extract MODEL --into {store} …")
@@ -78,5 +78,11 @@ def drop(store: Path, artifact: str) -> None:
 @store_path
 @click.argument("file", type=click.Path(path_type=Path))
 def label(store: Path, file: Path) -> None:
-    """Name features of STORE from FILE: .csv or .jsonl with sae, feature, label."""
-    click.echo(f"{maintenance.label(store, file)} features named")
+    """Name features of STORE from FILE.
+
+    FILE is a .csv, .jsonl or .json with sae, feature, label; or Neuronpedia's exported explanations, .jsonl (also .gz)
+    or .json with modelId, layer (or sourceId), index, description: those of SAEs that are not stored are left out.
+    """
+    with progress() as report:
+        n_named = maintenance.label(store, file, report)
+    click.echo(f"{n_named} features named")

@@ -17,6 +17,7 @@ from .export import export
 from .extract import extract
 from .fit import fit_lens
 from .keep import drop, gc, index, label, verify
+from .passes import encode, save_lens
 
 __all__ = ["main"]
 
@@ -53,6 +54,8 @@ def main() -> None:
 for command in (
     demo,
     extract,
+    encode,
+    save_lens,
     info,
     sql,
     query,

@@ -22,13 +22,26 @@ from actstore.errors import InvalidInput, explain
 from actstore.progress import Report
 from actstore.results import Result, text_table
 
-__all__ = ["FORMATS", "bytes_text", "json_option", "print_json", "print_result", "progress", "store_argument"]
+__all__ = [
+    "FORMATS",
+    "bytes_text",
+    "draw_result",
+    "json_option",
+    "plot_option",
+    "print_json",
+    "print_result",
+    "progress",
+    "store_argument",
+]
 
 FORMATS = ("table", "json", "csv", "parquet", "arrow")
 LINE_SECONDS = 5.0  # between plain lines of progress
 
 store_argument = click.argument("store")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+plot_option = click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw a picture instead: a .png, .pdf or .svg."
+)
 
 
 def print_json(value: Any) -> None:
@@ -50,6 +63,13 @@ def print_result(result: Result, form: str = "table", output: Path | None = None
         output.write_bytes(data.encode() + b"\n" if isinstance(data, str) else data)
     if result.truncated and form != "table":
         click.echo(f"({len(result)} rows; there are more: raise --limit)", err=True)
+
+
+def draw_result(result: Result, out: Path, **options: Any) -> None:
+    """Draw an answer's picture into a file, and say where; options that are None are left out."""
+    picture = result.plot(out, **{name: value for name, value in options.items() if value is not None})
+    width, height = picture.get_size_inches()
+    click.echo(f"{out}: {width * picture.dpi:.0f} × {height * picture.dpi:.0f} pixels")
 
 
 def _json(result: Result) -> str:

@@ -2,8 +2,9 @@
 --
 -- target_rank and target_probability are those of the token that really follows; entropy and kl_to_final are in nats;
 -- leads_from is the first layer from which on the model's final answer stays on top.
--- :doc  doc               the document
--- :needs  lens_summary  extract with --lens 5
+-- :doc   doc              the document
+-- :lens  text = logit     which lens: logit, or the name of a tuned one that was saved
+-- :needs  lens_summary  extract with --lens 5, or: actstore save-lens STORE
 -- :needs  predictions   extract without --no-predictions
 WITH place AS (
     SELECT t.row, t.seq, t.pos, t.token, p.top1_id, v.token AS final_token
@@ -14,7 +15,7 @@ layers AS (
     SELECT l.row, l.site, CAST(split_part(l.site, '.', 2) AS INTEGER) AS layer, l.target_rank, l.target_logprob,
            l.entropy, l.kl_to_final, k.token_id AS top_id
     FROM lens_summary l JOIN lens_tokens k USING (lens, site, row)
-    WHERE l.lens = 'logit' AND k.rank = 1 AND l.row IN (SELECT row FROM place)
+    WHERE l.lens = $lens AND k.rank = 1 AND l.row IN (SELECT row FROM place)
 ),
 last_wrong AS (
     SELECT y.row, max(y.layer) AS layer FROM layers y JOIN place p USING (row) WHERE y.top_id <> p.top1_id GROUP BY y.row

@@ -1,17 +1,18 @@
 -- What each layer would predict at each token of a document.
 --
 -- Reads stored residual streams through final norm, unembedding and soft cap; where only read-outs were stored
--- (--lens), takes these. One line per site, position and rank.
+-- (--lens), and of a tuned lens (actstore save-lens), takes these. One line per site, position and rank.
 -- :doc    doc              the document
 -- :k      integer = 1      tokens per site and position
 -- :sites  text = resid_*   which sites, as a pattern
+-- :lens   text = logit     which lens: logit, or the name of a tuned one that was saved
 WITH place AS (
     SELECT row, seq, pos, token FROM tokens WHERE doc = $doc
 ),
 computed AS (
     SELECT s.site, s.layer, p.row, logit_lens(s.site, p.row, $k) AS tokens
     FROM place p CROSS JOIN sites s
-    WHERE s.kind LIKE 'resid%' AND s.site GLOB $sites
+    WHERE s.kind LIKE 'resid%' AND s.site GLOB $sites AND $lens = 'logit'
 ),
 read_out AS (
     SELECT site, layer, row, unnest(range(1, len(tokens) + 1)) AS rank, unnest(tokens, recursive := true)
@@ -19,8 +20,8 @@ read_out AS (
     UNION ALL BY NAME
     SELECT l.site, CAST(split_part(l.site, '.', 2) AS INTEGER) AS layer, l.row, l.rank, l.token_id, v.token, l.logprob
     FROM lens_tokens l JOIN vocabulary v USING (token_id)
-    WHERE l.row IN (SELECT row FROM place) AND l.rank <= $k AND l.site GLOB $sites AND l.lens = 'logit'
-      AND l.site NOT IN (SELECT site FROM sites)
+    WHERE l.row IN (SELECT row FROM place) AND l.rank <= $k AND l.site GLOB $sites AND l.lens = $lens
+      AND ($lens <> 'logit' OR l.site NOT IN (SELECT site FROM sites))
 )
 SELECT r.site, r.layer, p.seq, p.pos, p.row, p.token AS input, r.rank, r.token_id, r.token, r.logprob
 FROM read_out r JOIN place p USING (row)

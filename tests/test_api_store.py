@@ -19,7 +19,8 @@ import actstore
 from actstore import maintenance
 from actstore.api import Store
 from actstore.errors import CorruptStore, InvalidInput, MissingInput, QueryError, UnknownName
-from actstore.results import CELL_CHARACTERS, SHOWN_ROWS, Result, distinct_names, text_table
+from actstore.plots import CELL_CHARACTERS, SHOWN_ROWS
+from actstore.results import Result, distinct_names, text_table
 
 # Sites
 

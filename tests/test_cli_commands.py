@@ -52,7 +52,21 @@ def failure(*arguments: object) -> str:
 
 
 def test_the_commands_are_those_of_the_contract() -> None:
-    wanted = {"demo", "extract", "index", "verify", "info", "gc", "drop", "label", "sql", "query", "queries"}
+    wanted = {
+        "demo",
+        "extract",
+        "encode",
+        "save-lens",
+        "index",
+        "verify",
+        "info",
+        "gc",
+        "drop",
+        "label",
+        "sql",
+        "query",
+        "queries",
+    }
     assert wanted | {"lens", "top", "stats"} <= set(COMMANDS)
 
 

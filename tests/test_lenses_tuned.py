@@ -25,9 +25,9 @@ from actstore.api import Store
 from actstore.cli import main
 from actstore.errors import ActstoreError, InvalidInput, MissingInput, UnknownName, UnsupportedFormat
 from actstore.lens_fitting import FittedSite, fit_lens, is_held_out
-from actstore.lenses.fitting import FitOptions, Rows, _logits, fit_translator, mean_kl, unembedding_of
+from actstore.lenses.fitting import FitOptions, Rows, _logits, fit_translator, mean_kl
 from actstore.lenses.tuned import TunedLens, translator_of, unembed_hash
-from actstore.models import logits
+from actstore.models import logits, unembedding_of
 from actstore.sites import parse_site
 from actstore.store import StoreReader
 

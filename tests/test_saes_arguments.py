@@ -49,6 +49,7 @@ def test_an_argument_is_taken_apart(text: str, expected: SaeArgument) -> None:
         pytest.param("a/b@resid_post", InvalidInput, id="site_without_layer"),
         pytest.param("a/b@residual.1", UnknownName, id="unknown_site"),
         pytest.param("a/b@", InvalidInput, id="empty_site"),
+        pytest.param(f"a/b@resid_post.{'9' * 5000}", InvalidInput, id="endless_layer"),
         pytest.param("a/b@>mlp_out.5", InvalidInput, id="nothing_to_read"),
         pytest.param("a/b@ln2.5>", InvalidInput, id="nothing_to_write"),
     ],
@@ -56,6 +57,11 @@ def test_an_argument_is_taken_apart(text: str, expected: SaeArgument) -> None:
 def test_a_malformed_argument_is_refused(text: str, error: type[ActstoreError]) -> None:
     with pytest.raises(error):
         parse_sae_argument(text)
+
+
+def test_an_argument_may_be_longer_than_a_path() -> None:
+    source = f"neurons:mlp_act.{','.join(map(str, range(100)))}"
+    assert parse_sae_argument(f"all={source}") == SaeArgument(source, "all")
 
 
 def test_a_local_path_with_equals_and_at_is_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +206,8 @@ def test_an_id_belongs_to_one_sae(release: Path) -> None:
     [
         pytest.param("no/such", MissingInput, "no SAE at no/such", id="no_path"),
         pytest.param("/no/such/folder/*", MissingInput, "no SAE at", id="empty_glob"),
+        pytest.param("~nobody-of-this-name/sae", MissingInput, "no SAE at ~nobody", id="home_of_nobody"),
+        pytest.param("owner--x/repo/folder", MissingInput, "owner--x/repo has no .*Cannot have --", id="no_hub_name"),
     ],
 )
 def test_what_is_not_there_or_not_read(source: str, error: type[ActstoreError], message: str) -> None:

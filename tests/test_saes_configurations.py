@@ -129,6 +129,17 @@ def test_a_folder_says_the_site(tmp_path: Path) -> None:
             "center_writing_weights is true with model_name 'bloom-560m'",
             id="centred_or_not",
         ),
+        pytest.param(
+            _metadata(hook_name="blocks.3.attn.hook_z", model_from_pretrained_kwargs={"fold_value_biases": True}),
+            "fold_value_biases is true",
+            id="value_biases",
+        ),
+        pytest.param(
+            {"metadata": None, "hook_point": "blocks.3.hook_resid_pre", "model_name": "gpt2-small"},
+            "model_from_pretrained_kwargs is missing.*saelens:release/sae_id",
+            id="the_oldest_folders",
+        ),
+        pytest.param({f"key_{number}": 1 for number in range(5000)}, "key_9 is not known.*4,990 more", id="many_keys"),
         pytest.param({"normalize_activations": "centred"}, 'normalize_activations is "centred"', id="our_own_word"),
         pytest.param({"metadata": "none"}, 'metadata is "none", not an object', id="metadata"),
         pytest.param(

@@ -125,6 +125,9 @@ def _flip_far_in(name: str) -> Callable[[Path, Arrays], None]:
 
 
 HOSTILE = [
+    pytest.param(
+        _entry("b_enc", _npy(f"({'9' * 40}, {'9' * 40})", bytes(192))), "b_enc.npy cannot be read", id="endless"
+    ),
     pytest.param(_bytes(lambda data: b"not a zip at all"), "not an npz archive", id="no_archive"),
     pytest.param(_bytes(lambda data: b""), "not an npz archive", id="empty"),
     pytest.param(_bytes(lambda data: data[: len(data) // 2]), "not an npz archive, or is cut short", id="cut_in_half"),

@@ -152,6 +152,18 @@ def test_saelens_topk_by_decoder_norm(tmp_path: Path) -> None:
     expect(coder, features, (features / norm) @ tensors["W_dec"] + tensors["b_dec"])
 
 
+def test_what_writes_nothing_never_fires(tmp_path: Path) -> None:
+    """By the decoder's norms it is multiplied by 0, as by sae-lens, and takes no other feature's place."""
+    tensors = plain_tensors()
+    tensors["W_dec"][7] = 0
+    tensors["b_enc"][7] = 1000
+    coder = _load(write_saelens(tmp_path, tensors, architecture="topk", k=5, rescale_acts_by_decoder_norm=True))
+    norm = np.linalg.norm(tensors["W_dec"].astype(np.float64), axis=1)
+    pre = (ROWS.astype(np.float64) - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
+    features = relu(top(pre * norm, 5))
+    expect(coder, features, (features / np.where(norm > 0, norm, 1)) @ tensors["W_dec"] + tensors["b_dec"])
+
+
 OLD = {
     "metadata": None,
     "reshape_activations": None,
@@ -167,6 +179,16 @@ OLD = {
         pytest.param({}, "standard", id="defaults"),
         pytest.param({"apply_b_dec_to_input": None, "normalize_activations": False}, "standard", id="nothing_said"),
         pytest.param({"hook_name": None, "hook_point": "blocks.3.hook_resid_pre"}, "standard", id="hook_point"),
+        pytest.param({"hook_point": "blocks.3.hook_resid_pre", "model_name": "gemma-2b"}, "standard", id="oldest"),
+        pytest.param(
+            {
+                "hook_point": "blocks.3.hook_resid_pre",
+                "model_name": "gpt2-small",
+                "model_from_pretrained_kwargs": {"center_writing_weights": False},
+            },
+            "standard",
+            id="not_centred",
+        ),
         pytest.param({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}}, "topk", id="topk_by_activation"),
         pytest.param({"architecture": "jumprelu"}, "jumprelu", id="jumprelu"),
         pytest.param({"architecture": "gated"}, "gated", id="gated"),

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import actstore
 from actstore.errors import ActstoreError, InvalidInput, RecipeMismatch, UnknownName
 from actstore.extraction import Request, plan_extraction
+from actstore.extraction.directions import directions_of, way_of
 from actstore.extraction.kit import feature_logits
 from actstore.models import load_model
 from actstore.recipe import SaeIdentity
@@ -240,7 +241,9 @@ def test_feature_logits_behind_a_layer_norm(kind: str) -> None:
     logits = logits @ causal_lm.lm_head.weight.detach().double().numpy().T
     (identity,) = expand_neurons([f"neurons:{kind}.2"], model.sites(), model.site_width, TOP)
     assert logits.shape == (identity.width, VOCABULARY)
-    _check_logits(feature_logits(model, NeuronEncoder(identity)), logits - logits.mean(1, keepdims=True))
+    found = directions_of(way_of(model, Site(kind, 2)), NeuronEncoder(identity), model.device)
+    assert found is not None
+    _check_logits(feature_logits(model.unembedding(), found), logits - logits.mean(1, keepdims=True))
 
 
 def test_a_stopped_extraction_resumes_to_the_same_bytes(tmp_path: Path) -> None:

@@ -162,6 +162,10 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[Path], None
     ("changes", "message"),
     [
         pytest.param({"k": torch.tensor(7)}, "k is 7, and 5 by its config", id="another_k"),
+        pytest.param({"k": torch.tensor([5, 5])}, r"k is \(2,\), not one number", id="two_ks"),
+        pytest.param({"k": torch.zeros(0)}, r"k is \(0,\), not one number", id="no_k"),
+        pytest.param({"b_dec": torch.ones(10) * 1j}, "b_dec is no tensor of real numbers", id="complex"),
+        pytest.param({"b_dec": torch.ones(10) > 0}, "b_dec is no tensor of real numbers", id="true_or_false"),
         pytest.param({"b_dec": torch.zeros(10).expand(1 << 40, 10)}, "claims more than the file holds", id="strides"),
         pytest.param({"b_dec": "zeros"}, "b_dec is no tensor", id="text"),
         pytest.param({"extra": torch.zeros(3)}, "extra is not part of the format", id="unknown"),
@@ -172,6 +176,28 @@ def test_a_state_that_cannot_be_trusted_is_refused(tmp_path: Path, changes: Stat
     folder = write(tmp_path, "AutoEncoderTopK", state_of("AutoEncoderTopK") | changes)
     with pytest.raises(InvalidInput, match=message):
         _load(folder)
+
+
+def test_what_training_went_by_is_not_read(tmp_path: Path) -> None:
+    """Older states of a TopK have no threshold, and other tensors that no equation needs may hold anything."""
+    state = state_of("AutoEncoderTopK")
+    del state["threshold"]
+    assert _load(write(tmp_path, "AutoEncoderTopK", state)).k == 5
+    state = state_of("MatryoshkaBatchTopKSAE") | {"group_sizes": torch.zeros(0), "k": torch.tensor([torch.nan])}
+    coder = _load(write(tmp_path, "MatryoshkaBatchTopKSAE", state))
+    np.testing.assert_array_equal(coder.threshold, np.full(48, 0.75))
+
+
+def test_parameters_are_tensors(tmp_path: Path) -> None:
+    state = {key: torch.nn.Parameter(value) for key, value in state_of("AutoEncoder").items()}
+    coder = _load(write(tmp_path, "AutoEncoder", state))
+    np.testing.assert_array_equal(coder.b_dec, state["bias"].detach())
+
+
+def test_a_threshold_for_each_feature_is_refused(tmp_path: Path) -> None:
+    state = state_of("BatchTopKSAE") | {"threshold": torch.full((48,), 0.75)}
+    with pytest.raises(InvalidInput, match=r"threshold is \(48,\), not one number"):
+        _load(write(tmp_path, "BatchTopKSAE", state))
 
 
 def test_an_untrained_threshold_is_refused(tmp_path: Path) -> None:

@@ -103,6 +103,13 @@ RES, ATT, MLP, TC = (f"google/gemma-scope-2b-pt-{kind}" for kind in ("res", "att
             None,
             id="neuronpedia_with_an_l0",
         ),
+        pytest.param(
+            "neuronpedia:gemma-2-2b/embedding-gemmascope-res-4k__l0-21",
+            "embedding-gemmascope-res-4k__l0-21",
+            f"{RES}/embedding/width_4k/average_l0_21",
+            None,
+            id="the_embedding_with_an_l0",
+        ),
     ],
 )
 def test_names_of_gemma_scope_need_no_registry(name: str, sae: str, folder: str, neuronpedia: str | None) -> None:
@@ -384,7 +391,9 @@ def test_overrides_of_the_registry_are_part_of_the_equation(registry: Path, old:
     (found,) = expand_sae_arguments(["saelens:gpt2-small-res-jb/blocks.3.hook_resid_pre"])
     expected = _expected(folder, ROWS - ROWS.mean(1, keepdims=True))
     np.testing.assert_allclose(_features(found), expected, rtol=2e-4, atol=2e-5)
-    assert "centred" in load_sae(found).identity.architecture
+    identity = load_sae(found).identity
+    assert "centred" in identity.architecture
+    assert identity.declared_l0 == 12.0
 
 
 def test_an_overridden_normalisation(registry: Path) -> None:

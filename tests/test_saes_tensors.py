@@ -74,6 +74,8 @@ HOSTILE = [
     pytest.param(_entry(dtype=["F32"]), "b_enc has a header", id="type_list"),
     pytest.param(_entry(shape=[1 << 40]), "b_enc claims 4,398,046,511,104 bytes", id="terabytes"),
     pytest.param(_entry(shape=[-48]), "b_enc has a header", id="negative"),
+    pytest.param(_entry(shape=[10**4000, 10**4000]), "b_enc has a header", id="more_digits_than_are_written"),
+    pytest.param(_entry(shape=[1] * 60_000), "b_enc has a header", id="thousands_of_axes"),
     pytest.param(_entry(shape=[True, 48]), "b_enc has a header", id="true"),
     pytest.param(_entry(data_offsets=[40, 20]), "b_enc has a header", id="backwards"),
     pytest.param(_entry(data_offsets=[0, 192]), "overlap or leave gaps", id="overlap"),
@@ -94,6 +96,21 @@ HOSTILE = [
     pytest.param(_poke("W_enc", float("nan")), "w_enc has NaN or infinity", id="nan"),
     pytest.param(_poke("b_dec", float("-inf")), "b_dec has NaN or infinity", id="infinity"),
 ]
+
+
+def test_thousands_of_tensors_are_refused_in_a_few_words(tmp_path: Path) -> None:
+    """Both what is unknown and what is there twice: in a moment, and not by all their names."""
+    path = write_saelens(tmp_path, plain_tensors()) / "sae_weights.safetensors"
+    (resolved,) = expand_sae_arguments([str(path)])
+    content = path.read_bytes()
+    empty = {f"tensor_{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(60_000)}
+    path.write_bytes(_header(lambda header: header | empty)(content))
+    with pytest.raises(InvalidInput, match=r"tensor_9 is not part of the format; and 59,990 more") as refusal:
+        load_sae(resolved)
+    path.write_bytes(_header(lambda header: json.dumps(header | empty).encode()[:-1] + b',"tensor_7": 1}')(content))
+    with pytest.raises(InvalidInput, match="tensor_7 is there twice"):
+        load_sae(resolved)
+    assert len(str(refusal.value)) < 2000
 
 
 @pytest.mark.parametrize(("change", "message"), HOSTILE)

@@ -146,6 +146,8 @@ def test_a_dropped_artifact_is_gone_and_nothing_else(
     before, content = hashes(store), index_content(store)
     gone = {name for name in before if name.startswith(tuple(f"{home}/" for home in homes))}
     assert gone
+    kits = [made.kit.items() for made in StoreReader(store).passes.values()]
+    gone |= {f"kit/{digest}.zip" for kit in kits for name, digest in kit if f"sae/{asked}" == name}
 
     assert maintenance.drop(store, asked) == artifact
 
@@ -162,7 +164,7 @@ def test_a_dropped_artifact_is_gone_and_nothing_else(
 def tables_of(artifact: str) -> list[str]:
     """Return the tables that lose rows with an artifact."""
     kind = artifact.partition("/")[0]
-    of_firings = ["saes", "activations", "features", "examples", "feature_logits", "reconstruction"]
+    of_firings = ["saes", "health", "activations", "features", "examples", "feature_logits", "reconstruction"]
     lost = {"sites": ["sites"], "firings": of_firings, "lens": ["lens_tokens", "lens_summary"]}.get(kind, [kind])
     return [table for table in index_content(finished()) if table in lost]
 
@@ -186,6 +188,21 @@ def test_what_was_dropped_can_be_added_again(store: Path) -> None:
     assert index_content(store)["activations"] == content["activations"]
     found = maintenance.verify(store)
     assert (found.faults, [name for name in found.orphans if not name.startswith("index/")]) == ([], [])
+
+
+def test_what_was_proved_of_a_dropped_sae_goes_with_it(store: Path) -> None:
+    """Its id may be another SAE's by now, and a check of either would be taken for the other's."""
+
+    def proved() -> list[str]:
+        return [row for row in index_content(store)["health"] if RESIDUAL_SAE in row]
+
+    before = proved()
+    maintenance.drop(store, RESIDUAL_SAE)
+    assert before and not proved()
+
+    extract(store, saes=[tiny_world().residual_sae], **SECOND)
+
+    assert proved() == before
 
 
 def test_a_pass_of_one_artifact_can_be_dropped_and_made_again(store: Path) -> None:

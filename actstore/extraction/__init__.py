@@ -1,8 +1,20 @@
 """Extraction: plan, corpus, the loop over shards, resume. Imports torch only when a model runs."""
 
+from .encoding import encode, plan_encoding
 from .plan import Plan, Size
 from .planning import plan_extraction
-from .request import Request
-from .run import Outcome, extract
+from .request import EncodeRequest, Request
+from .run import extract
+from .work import Outcome
 
-__all__ = ["Outcome", "Plan", "Request", "Size", "extract", "plan_extraction"]
+__all__ = [
+    "EncodeRequest",
+    "Outcome",
+    "Plan",
+    "Request",
+    "Size",
+    "encode",
+    "extract",
+    "plan_encoding",
+    "plan_extraction",
+]

@@ -13,9 +13,22 @@ from actstore.sites import Site, parse_site
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Directions", "directions_of"]
+__all__ = ["PROJECTED", "WRITTEN_AS_THEY_ARE", "Directions", "Way", "directions_of", "way_of", "written_site"]
 
+PROJECTED = frozenset({"z", "attn_out_raw", "mlp_act", "mlp_out_raw"})  # they reach the stream through weights
 WRITTEN_AS_THEY_ARE = frozenset({"resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"})
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """What lies between a site and the residual stream: a projection, a norm behind it, both or neither.
+
+    weight (site, d_model) in the model's dtype; bias and gain float32 (d_model); each None where there is none.
+    """
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,39 +55,43 @@ class Directions:
         return torch.nn.functional.one_hot(dimensions, self.n_features).float()
 
 
-def directions_of(model: LoadedModel, encoder: Encoder) -> Directions | None:
+def directions_of(way: Way | None, encoder: Encoder, device: torch.device) -> Directions | None:
     """Return what the features write: a coder's decoder rows, a neuron's own row of the matrix behind it.
 
-    What lies in front of W_O or W_down goes through it, what lies in front of a post-norm through its gain. Norm scales
-    are left out: they depend on the row. None where the site is not on the way into the residual stream: normalised
-    inputs, queries.
+    way: of the site that is written. What lies in front of W_O or W_down goes through it, what lies in front of a
+    post-norm through its gain. Norm scales are left out: they depend on the row. None where the site is not on the way
+    into the residual stream: normalised inputs, queries.
     """
     import torch
 
-    identity = encoder.identity
-    way = _way(model, parse_site(identity.write_site or identity.site))
     if way is None:
         return None
-    matrix, gain = way
-    rows = matrix
+    rows = way.weight
     if isinstance(encoder, SaeEncoder):
-        decoder = torch.from_numpy(encoder.coder.w_dec).to(model.device)
-        rows = decoder if matrix is None else decoder @ matrix.float()
-    return Directions(rows, gain, identity.width, model.device)
+        decoder = torch.from_numpy(encoder.coder.w_dec).to(device)
+        # Contiguous: a view of the model's own weight would be multiplied in another order than the kit's copy of it.
+        rows = decoder if rows is None else decoder @ rows.float().contiguous()
+    elif rows is not None:
+        rows = rows.contiguous()
+    return Directions(rows, way.gain, encoder.identity.width, device)
 
 
-def _way(model: LoadedModel, site: Site) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
-    """Return the matrix (width, d_model) and the gain (d_model) between a site and the stream; None for no way."""
+def written_site(encoder: Encoder) -> Site:
+    """Return the site whose rows the features add up to."""
+    return parse_site(encoder.identity.write_site or encoder.identity.site)
+
+
+def way_of(model: LoadedModel, site: Site) -> Way | None:
+    """Return what lies between a site and the residual stream; None where it is not on the way into the stream."""
     if site.kind in WRITTEN_AS_THEY_ARE:
-        return None, None
-    if site.layer is None:
+        return Way()
+    if site.layer is None or site.kind not in PROJECTED:
         return None
     if site.kind in ("z", "attn_out_raw"):
-        w_o, gain = model.attention_output(site.layer)
-        return (w_o if site.kind == "z" else None), gain
-    if site.kind in ("mlp_act", "mlp_out_raw"):
+        weight, gain = model.attention_output(site.layer)
+        bias = model.projection(model.family.attention_output, site.layer)[1]
+    else:
+        weight, bias = model.projection(model.family.mlp_output, site.layer)
         post_norm = model.family.mlp_post_norm
         gain = None if post_norm is None else model.norm(post_norm.format(layer=site.layer))[0]
-        w_down = model.projection(model.family.mlp_output, site.layer)[0]
-        return (w_down if site.kind == "mlp_act" else None), gain
-    return None
+    return Way(weight, bias, gain) if site.kind in ("z", "mlp_act") else Way(gain=gain)

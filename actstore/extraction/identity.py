@@ -12,9 +12,10 @@ from actstore.models import LoadedModel, ModelDescription
 from actstore.recipe import CorpusIdentity, ModelIdentity, Recipe, SaeIdentity
 from actstore.saes import expand_neurons
 from actstore.sites import Site, expand_sites, parse_site
-from actstore.store import Layout, PassFile, StoreFile
+from actstore.store import Layout, PassFile, PassWriter, StoreFile
 
 from .request import Request
+from .tiles import largest_tile
 
 __all__ = [
     "corpus_identity",
@@ -24,6 +25,7 @@ __all__ = [
     "neurons_of",
     "pass_id_of",
     "refuse_again",
+    "refuse_dropped",
     "refuse_pattern",
 ]
 
@@ -106,7 +108,7 @@ def make_recipe(
         storage_dtype=request.storage_dtype or compute_dtype,
         activation_bits=request.activation_bits,
         encode_special=request.encode_special,
-        tile_rows=_tile_rows(corpus.shard_rows),
+        tile_rows=largest_tile(corpus.shard_rows),
         attention_top=request.attention_top,
         attention_min=request.attention_min if request.attention_top else Recipe.attention_min,
     )
@@ -136,11 +138,6 @@ def _without_repeating(recipe: Recipe, layout: Layout) -> Recipe:
     without = replace(recipe, predictions=False)
     begun = [one for one in (recipe, without) if pass_id_of(one) in layout.passes]
     return begun[0] if begun else without if "predictions" in layout.artifacts else recipe
-
-
-def _tile_rows(shard_rows: int) -> int:
-    """Return the largest number of rows up to 1,024 that divides a shard: tiles are then all alike."""
-    return next(size for size in range(min(1024, shard_rows), 0, -1) if shard_rows % size == 0)
 
 
 def find_pass(recipe: Recipe, store: StoreFile, layout: Layout, passes: dict[str, PassFile], request: Request) -> bool:
@@ -195,3 +192,19 @@ def refuse_again(made: PassFile, layout: Layout) -> None:
                     next_step=f"leave it out, or first: actstore drop STORE {artifact}",
                 )
             )
+
+
+def refuse_dropped(passing: PassWriter, again: str) -> None:
+    """Raise InvalidInput where a pass is done but something of it was dropped: its recipe cannot make it again.
+
+    again: how to have it again.
+    """
+    owned = passing.writer.layout.artifacts
+    gone = [one for one in passing.made.artifacts if owned.get(one) != passing.pass_id]
+    if gone:
+        raise InvalidInput(
+            explain(
+                f"{', '.join(gone)} was made by this command and dropped since; the rest is complete",
+                next_step=f"to have it again, {again}",
+            )
+        )

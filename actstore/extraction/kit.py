@@ -1,20 +1,28 @@
-"""What an extraction leaves behind so that nobody needs the model again: vocabulary, unembedding, feature logits."""
+"""What an extraction leaves behind so that nobody needs the model again (docs/format.md §8).
+
+The display text of every token, the unembedding, the way of stored heads and neurons into the residual stream, the
+weights of SAEs, and each feature's logits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from actstore.models import LoadedModel
-from actstore.saes import Encoder
+from actstore.models import LoadedModel, ModelFacts, Unembedding
+from actstore.models.facts import ITEM_BYTES
+from actstore.recipe import Recipe
+from actstore.saes import NEURONS, Encoder, SaeEncoder, SparseCoder
+from actstore.sites import Site, parse_site
 from actstore.store import FileProof, encode_bundle, pack_texts, prove_and_write, write_piece
+from actstore.tensors import as_array
 
-from .directions import directions_of
+from .directions import PROJECTED, Directions, way_of
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +31,11 @@ __all__ = [
     "UNEMBEDDING",
     "feature_logits",
     "kit_bytes",
+    "kit_writers",
+    "sae_weight_bytes",
     "write_feature_logits",
+    "write_output",
+    "write_sae_weights",
     "write_unembedding",
     "write_vocabulary",
 ]
@@ -42,11 +54,11 @@ def write_unembedding(root: Path, model: LoadedModel) -> str:
     """Write final norm, unembedding and soft cap as a kit piece; return its digest."""
     unembedding = model.unembedding()
     arrays = {
-        "weight": (_numpy(unembedding.weight), ("token", "width")),
-        "gain": (_numpy(unembedding.gain), ("width",)),
+        "weight": (as_array(unembedding.weight), ("token", "width")),
+        "gain": (as_array(unembedding.gain), ("width",)),
     }
     if unembedding.bias is not None:
-        arrays["bias"] = (_numpy(unembedding.bias), ("width",))
+        arrays["bias"] = (as_array(unembedding.bias), ("width",))
     attributes = {
         "piece": UNEMBEDDING,
         "norm": unembedding.norm,
@@ -56,40 +68,103 @@ def write_unembedding(root: Path, model: LoadedModel) -> str:
     return write_piece(root, arrays, attributes)
 
 
-def kit_bytes(vocabulary_size: int, d_model: int, item_bytes: int) -> int:
-    """Return about how many bytes the unembedding's piece takes."""
-    return vocabulary_size * d_model * item_bytes
-
-
-def write_feature_logits(root: Path, model: LoadedModel, encoders: Sequence[Encoder]) -> dict[str, FileProof]:
-    """Write each SAE's most raised and most lowered tokens; return the files with their proofs."""
-    proofs = {}
+def kit_writers(
+    model: LoadedModel, recipe: Recipe, encoders: Sequence[Encoder], *, sae_weights: bool
+) -> dict[str, Callable[[Path], str]]:
+    """Return every piece of a pass's kit: its name, and what writes it below a store's root and returns its digest."""
+    writers: dict[str, Callable[[Path], str]] = {UNEMBEDDING: partial(write_unembedding, model=model)}
+    for site in _projected(recipe):
+        writers[f"output/{site}"] = partial(write_output, model=model, site=site)
     for encoder in encoders:
-        found = feature_logits(model, encoder)
+        if sae_weights and isinstance(encoder, SaeEncoder):
+            writers[f"sae/{encoder.identity.sae}"] = partial(write_sae_weights, coder=encoder.coder)
+    return writers
+
+
+def _projected(recipe: Recipe) -> list[Site]:
+    """Return the sites of a recipe, stored or encoded, whose numbers reach the stream through weights."""
+    names = [*recipe.sites, *(coder.write_site or coder.site for coder in recipe.saes)]
+    return [site for site in map(parse_site, dict.fromkeys(names)) if site.kind in PROJECTED]
+
+
+def write_output(root: Path, model: LoadedModel, site: Site) -> str:
+    """Write what lies between a site and the residual stream, such as W_O and the post-norm's gain, as a kit piece."""
+    way = way_of(model, site)
+    assert way is not None, site
+    arrays: dict[str, tuple[npt.NDArray[Any], tuple[str, ...]]] = {}
+    if way.weight is not None:
+        arrays["weight"] = (as_array(way.weight), ("input", "width"))
+    vectors = (("bias", way.bias), ("gain", way.gain))
+    arrays |= {name: (as_array(vector), ("width",)) for name, vector in vectors if vector is not None}
+    norm = {"norm": model.family.norm, "norm_epsilon": model.facts.norm_eps} if way.gain is not None else {}
+    attributes = {"piece": "output", "site": str(site), "n_heads": model.facts.n_heads, **norm}
+    return write_piece(root, arrays, attributes)
+
+
+def write_sae_weights(root: Path, coder: SparseCoder) -> str:
+    """Write a coder's weights in float32 as a kit piece, never copied whole; return its digest."""
+    arrays: dict[str, tuple[npt.NDArray[Any], tuple[str, ...]]] = {
+        "w_enc": (coder.w_enc, ("input", "feature")),
+        "w_dec": (coder.w_dec, ("feature", "output")),
+        "b_enc": (coder.b_enc, ("feature",)),
+        "b_dec": (coder.b_dec, ("output",)),
+        "threshold": (coder.threshold, ("feature",)),
+    }
+    if coder.w_skip is not None:
+        arrays["w_skip"] = (coder.w_skip, ("input", "output"))
+    attributes = {
+        "piece": "sae",
+        "architecture": coder.identity.architecture,
+        "k": coder.k,
+        "subtracts_b_dec": coder.subtracts_b_dec,
+        "normalisation": str(coder.normalisation),
+    }
+    return write_piece(root, arrays, attributes)
+
+
+def kit_bytes(facts: ModelFacts, recipe: Recipe, site_width: Callable[[Site], int], *, sae_weights: bool) -> int:
+    """Return about how many bytes a pass's kit takes."""
+    item_bytes = ITEM_BYTES[recipe.compute_dtype]
+    total = facts.vocabulary_size * facts.d_model * item_bytes
+    inputs = (site_width(site) for site in _projected(recipe) if site.kind in ("z", "mlp_act"))
+    total += sum(inputs) * facts.d_model * item_bytes
+    return total + (sae_weight_bytes(recipe, site_width) if sae_weights else 0)
+
+
+def sae_weight_bytes(recipe: Recipe, site_width: Callable[[Site], int]) -> int:
+    """Return about how many bytes the weights of a recipe's SAEs take."""
+    coders = [coder for coder in recipe.saes if coder.architecture != NEURONS]
+    written = [site_width(parse_site(coder.write_site or coder.site)) for coder in coders]
+    sizes = [coder.width * (coder.d_in + d_out) for coder, d_out in zip(coders, written, strict=True)]
+    return sum(sizes) * ITEM_BYTES["float32"]
+
+
+def write_feature_logits(
+    root: Path, unembedding: Unembedding, directions: Mapping[str, Directions | None]
+) -> dict[str, FileProof]:
+    """Write the most raised and most lowered tokens of each SAE that has directions; return files with their proofs."""
+    proofs = {}
+    for sae, found in directions.items():
         if found is None:
             continue
-        token_ids, logits = found
+        token_ids, logits = feature_logits(unembedding, found)
         axes = ("feature", "rank")
         data = encode_bundle({"token_ids": (token_ids, axes), "logits": (logits, axes)}, {"n_top": TOP_TOKENS})
-        name = f"firings/{encoder.identity.sae}/feature_logits.zip"
+        name = f"firings/{sae}/feature_logits.zip"
         proofs[name] = prove_and_write(root, name, data, None)
     return proofs
 
 
 def feature_logits(
-    model: LoadedModel, encoder: Encoder
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]] | None:
+    unembedding: Unembedding, directions: Directions
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Return token ids int32 and logits float32 (feature, rank): first the highest, falling, then the lowest, rising.
 
     Direction · final-norm gain · unembeddingᵀ, before the soft cap, minus the vocabulary's mean: a constant shift says
-    nothing. The direction is what `directions_of` says; None where that is nothing.
+    nothing.
     """
     import torch
 
-    unembedding = model.unembedding()
-    directions = directions_of(model, encoder)
-    if directions is None:
-        return None
     n_top = min(TOP_TOKENS, unembedding.weight.shape[0] // 2)
     weight = unembedding.weight
     size = max(1, LOGITS_PER_BLOCK // weight.shape[0])
@@ -112,12 +187,3 @@ def _product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if weight.dtype == torch.float32:
         return rows @ weight.T
     return torch.cat([rows @ part.float().T for part in torch.split(weight, 8192)], dim=1)
-
-
-def _numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    import torch
-
-    plain = tensor.detach().cpu().contiguous()
-    if plain.dtype == torch.bfloat16:
-        return plain.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return plain.numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,10 +21,12 @@ from actstore.store import PassFile, StoreFile, StoreReader, StoreWriter
 from . import identity
 from .checks import check_window
 from .corpus import digest_of_dataset, store_segment
-from .kit import write_feature_logits, write_unembedding, write_vocabulary
+from .directions import Directions, directions_of, way_of, written_site
+from .kit import kit_writers, write_feature_logits, write_vocabulary
 from .plan import check_disk
 from .planning import estimate_of
 from .proof import prove_saes
+from .proof_rows import RowsOfModel
 from .request import DEFAULT_BATCH_TOKENS, DEFAULT_SHARD_ROWS, Request
 from .specs import firings_of, matrices_of
 
@@ -123,23 +125,34 @@ class Opening:
         request = self.request
         matrices, firings = matrices_of(recipe, self.model.site_width, self.model.sites()), firings_of(recipe)
         identity.refuse_again(PassFile(recipe.to_json(), matrices, firings), writer.layout)
-        sae_checks = prove_saes(
-            self.model,
-            self.encoders,
-            recipe,
-            _shards(request),
-            writer.store.batch_tokens,
-            allow_unhealthy=request.allow_unhealthy,
-        )
+        rows = RowsOfModel(self.model, recipe, _shards(request), writer.store.batch_tokens)
+        sae_checks = prove_saes(rows, self.encoders, allow_unhealthy=request.allow_unhealthy)
         made = PassFile(
             recipe=recipe.to_json(),
             matrices=matrices,
             firings=firings,
-            kit={"unembedding": write_unembedding(request.out, self.model)},
-            files=write_feature_logits(request.out, self.model, self.encoders),
+            kit=self._kit(recipe),
+            files=write_feature_logits(request.out, self.model.unembedding(), self._directions()),
             health=tuple(check.to_json() for check in (*model_checks, *sae_checks)),
         )
         writer.begin_pass(identity.pass_id_of(recipe), made)
+
+    def _directions(self) -> dict[str, Directions | None]:
+        ways = [way_of(self.model, written_site(encoder)) for encoder in self.encoders]
+        return {
+            encoder.identity.sae: directions_of(way, encoder, self.model.device)
+            for encoder, way in zip(self.encoders, ways, strict=True)
+        }
+
+    def complete_kit(self, writer: StoreWriter, recipe: Recipe) -> None:
+        """Write what the kit of a pass that was begun before lacks: SAE weights left out, pieces that came later."""
+        pass_id = identity.pass_id_of(recipe)
+        if pieces := self._kit(recipe, without=StoreReader(self.request.out).passes[pass_id].kit):
+            writer.add_to_kit(pass_id, pieces)
+
+    def _kit(self, recipe: Recipe, without: Container[str] = ()) -> dict[str, str]:
+        writers = kit_writers(self.model, recipe, self.encoders, sae_weights=self.request.sae_weights)
+        return {name: write(self.request.out) for name, write in writers.items() if name not in without}
 
 
 def _name_of(tokenizer: Any, model_name: str) -> str:

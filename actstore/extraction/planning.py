@@ -18,7 +18,7 @@ from .plan import Plan, estimate
 from .request import DEFAULT_BATCH_TOKENS, DEFAULT_SHARD_ROWS, Request
 from .specs import firings_of, matrices_of
 
-__all__ = ["estimate_of", "plan_extraction", "tokenizer_of"]
+__all__ = ["estimate_of", "firings_a_row", "plan_extraction", "planned_identity", "tokenizer_of"]
 
 UNKNOWN = ""  # a digest that only the weights or the whole text could tell; the plan needs none
 
@@ -78,7 +78,7 @@ def _draft(
         weights_digest=UNKNOWN,
     )
     files = without_neurons(request.saes)
-    saes = [_planned(one) for one in expand_sae_arguments(files, allow_pt=request.allow_pt)]
+    saes = [planned_identity(one) for one in expand_sae_arguments(files, allow_pt=request.allow_pt)]
     existing = [str(site) for site in model.sites()]
     for coder in saes:
         refuse_unknown_sites(coder, existing)
@@ -86,7 +86,8 @@ def _draft(
     return make_recipe(request, model, identity, request.dtype or facts.checkpoint_dtype, saes, corpus, layout)
 
 
-def _planned(one: ResolvedSae) -> SaeIdentity:
+def planned_identity(one: ResolvedSae) -> SaeIdentity:
+    """Return what is known of an SAE before its weights are read."""
     sizes = sae_sizes(one)
     return SaeIdentity(
         sae=one.sae,
@@ -118,14 +119,14 @@ def estimate_of(
         n_shards=n_shards,
         matrices=matrices_of(recipe, model.site_width, model.sites()),
         firings=firings_of(recipe),
-        l0={coder.sae: _firings_a_row(coder) for coder in recipe.saes},
-        kit_bytes=kit_bytes(facts.vocabulary_size, facts.d_model, 2 if recipe.compute_dtype == "bfloat16" else 4),
+        l0={coder.sae: firings_a_row(coder) for coder in recipe.saes},
+        kit_bytes=kit_bytes(facts, recipe, model.site_width, sae_weights=request.sae_weights),
         with_corpus=with_corpus,
         out=request.out,
     )
 
 
-def _firings_a_row(coder: SaeIdentity) -> float | None:
+def firings_a_row(coder: SaeIdentity) -> float | None:
     """Return how many firings of a row to expect: of neurons all that are kept, of others what is declared."""
     return coder.truncated_to or coder.width if coder.architecture == NEURONS else coder.declared_l0
 

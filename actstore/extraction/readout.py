@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
+from actstore.blocks import TokenShard
 from actstore.models import Unembedding, logits
+
+from .tiles import with_filler
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LensRows", "PredictionRows", "read_out", "targets_of"]
+__all__ = ["LensRows", "PredictionRows", "as_matrices", "read_out", "read_out_shard", "targets_of"]
 
 # A function of the vocabulary alone, never of free memory, so that results are not either. A small vocabulary's block
 # stays in the processor's cache; a large one's has rows enough that reading the unembedding does not dominate.
@@ -52,6 +58,26 @@ def targets_of(token_id: torch.Tensor, seq: torch.Tensor) -> torch.Tensor:
     same = seq[1:] == seq[:-1]
     targets[:-1][same] = token_id[1:][same]
     return targets
+
+
+def read_out_shard(
+    unembedding: Unembedding, final: torch.Tensor, sites: Mapping[str, torch.Tensor], shard: TokenShard, k: int
+) -> tuple[PredictionRows, dict[str, LensRows]]:
+    """Return `read_out` of a shard's rows in use; final and sites: (row, d_model) over the whole shard."""
+    import torch
+
+    n_rows = shard.n_rows
+    token_id, seq = (torch.from_numpy(shard.column(name)[:n_rows].astype(np.int64)) for name in ("token_id", "seq"))
+    targets = targets_of(token_id, seq).to(final.device)
+    return read_out(unembedding, final[:n_rows], {site: rows[:n_rows] for site, rows in sites.items()}, targets, k)
+
+
+def as_matrices(path: str, rows: PredictionRows | LensRows, shard_rows: int) -> dict[str, npt.NDArray[Any]]:
+    """Return a read-out as the matrices `path`/values and `path`/ids of a whole shard, filler included."""
+    return {
+        f"{path}/values": with_filler(rows.values.cpu().numpy(), shard_rows, np.nan),
+        f"{path}/ids": with_filler(rows.ids.cpu().numpy(), shard_rows, -1),
+    }
 
 
 def read_out(

@@ -10,7 +10,7 @@ from actstore.corpus import Window
 from actstore.errors import InvalidInput, explain
 from actstore.recipe import NOTHING_ASKED
 
-__all__ = ["Request"]
+__all__ = ["EncodeRequest", "Request"]
 
 DEFAULT_CONTEXT = 1024
 DEFAULT_SHARD_ROWS = 16_384
@@ -33,6 +33,7 @@ class Request:
     attention_top: int = 0
     attention_min: float = 0.005
     neurons_top: int = 64
+    sae_weights: bool = True  # kept in the kit; False: queries that need them say so
     predictions: bool | None = None  # None: yes, unless the store has them already
     context: int | None = None
     stride: int | None = None
@@ -61,22 +62,12 @@ class Request:
         object.__setattr__(self, "out", Path(self.out).expanduser())
         if not (self.sites or self.saes or self.lens_k or self.attention_top):
             raise InvalidInput(NOTHING_ASKED)
-        if not 1 <= self.activation_bits <= MAX_ACTIVATION_BITS:
-            raise InvalidInput(
-                explain(f"--activation-bits {self.activation_bits} is out of range", accepted="1 to 23 (23 keeps all)")
-            )
+        _check_firings(self.activation_bits, self.neurons_top)
         if self.attention_top < 0 or not 0 <= self.attention_min <= 1:
             raise InvalidInput(
                 explain(
                     f"--attention-top is {self.attention_top}, --attention-min {self.attention_min}",
                     accepted="how many keys to keep of each row, 0 or more; a weight from 0 to 1",
-                )
-            )
-        if self.neurons_top < 1:
-            raise InvalidInput(
-                explain(
-                    f"--neurons-top is {self.neurons_top}",
-                    accepted="how many activations to keep of each row of --sae neurons:…, 1 or more",
                 )
             )
         if self.lens_k < 0 or (self.lens_sites and not self.lens_k):
@@ -95,3 +86,42 @@ class Request:
     def window(self) -> Window:
         """How documents are cut where the store does not say it yet; raises InvalidInput for an impossible one."""
         return Window(DEFAULT_CONTEXT if self.context is None else self.context, self.stride)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeRequest:
+    """Everything that `actstore encode` can be told."""
+
+    store: Path
+    saes: tuple[str, ...]
+    neurons_top: int = 64
+    sae_weights: bool = True
+    activation_bits: int = 10
+    encode_special: bool = False
+    device: str = "auto"
+    mixed: bool = False
+    allow_unhealthy: bool = False
+    allow_pt: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "store", Path(self.store).expanduser())
+        if not self.saes:
+            accepted = "[ID=]SOURCE[@SITE], such as a folder, neurons:mlp_act.5 or saelens:release/sae_id"
+            raise InvalidInput(explain("No SAE was given to encode with", accepted=accepted))
+        _check_firings(self.activation_bits, self.neurons_top)
+
+
+def _check_firings(activation_bits: int, neurons_top: int) -> None:
+    """Raise InvalidInput for numbers by which no firing can be stored."""
+    if not 1 <= activation_bits <= MAX_ACTIVATION_BITS:
+        raise InvalidInput(
+            explain(f"--activation-bits {activation_bits} is out of range", accepted="1 to 23 (23 keeps all)")
+        )
+    if neurons_top < 1:
+        raise InvalidInput(
+            explain(
+                f"--neurons-top is {neurons_top}",
+                accepted="how many activations to keep of each row of --sae neurons:…, 1 or more",
+            )
+        )

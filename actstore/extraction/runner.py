@@ -10,26 +10,28 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
-import numpy as np
 import numpy.typing as npt
 
-from actstore.blocks import RowFirings, ShardBlock, TokenShard
-from actstore.errors import InvalidInput, explain
+from actstore.blocks import ShardBlock, TokenShard
 from actstore.models import LoadedModel
 from actstore.recipe import Recipe
-from actstore.saes import Encoder, round_mantissa
+from actstore.saes import Encoder
 from actstore.sites import Site, parse_site
+from actstore.tensors import as_array
 
 from .attention import AttentionKeeper, with_all_keys
 from .batches import Batch, plan_batches
-from .readout import read_out, targets_of
+from .devices import is_out_of_memory, provenance, too_large
+from .readout import as_matrices, read_out_shard
 from .specs import stored_width
+from .tiles import encode_shard, sites_of
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["ShardRunner"]
+
+LESS_MEMORY = "use a shorter --context, fewer SAEs a pass, --dtype bfloat16, or a device with more memory"
 
 
 @dataclass
@@ -52,12 +54,22 @@ class ShardRunner:
     def captured(self) -> tuple[Site, ...]:
         """Return every site that the recipe needs from the model, in forward order."""
         wanted = {parse_site(name) for name in (*self.recipe.sites, *self.recipe.lens_sites)}
-        wanted |= {site for encoder in self.encoders for site in _sites_of(encoder)}
+        wanted |= {site for encoder in self.encoders for site in sites_of(encoder)}
         if self.reads_out:
             wanted.add(self.last_residual)
         if self.recipe.attention_top:
             wanted |= {site for site in self.model.sites() if site.kind == "pattern"}
         return tuple(sorted(wanted, key=lambda site: site.depth))
+
+    @property
+    def doing(self) -> str:
+        """What a report calls the work."""
+        return "extracting"
+
+    @property
+    def device_type(self) -> str:
+        """The type of device that the numbers come from."""
+        return self.model.device.type
 
     @property
     def reads_out(self) -> bool:
@@ -71,9 +83,10 @@ class ShardRunner:
         try:
             return self._run(shard)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            raise _too_large("The shard's rows and the SAEs or lenses that read them do not fit", error) from error
+            what = "The shard's rows and the SAEs or lenses that read them do not fit"
+            raise too_large(what, error, LESS_MEMORY) from error
 
     def _run(self, shard: TokenShard) -> ShardBlock:
         self._attention = AttentionKeeper(shard, self.recipe.attention_top) if self.recipe.attention_top else None
@@ -82,7 +95,8 @@ class ShardRunner:
         firings = {}
         for encoder in self.encoders:
             sae = encoder.identity.sae
-            firings[sae], matrices[f"reconstruction/{sae}"] = self._encode(encoder, shard)
+            found = encode_shard(encoder, self._buffers, shard, self.recipe)
+            firings[sae], matrices[f"reconstruction/{sae}"] = found
         if self.reads_out:
             matrices |= self._read_out(shard)
         if self._attention is not None:
@@ -120,10 +134,11 @@ class ShardRunner:
         try:
             self._forward(batch, sites)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if batch.n_sequences == 1:
-                raise _too_large(f"One sequence of {batch.token_ids.shape[1]} tokens does not fit", error) from error
+                what = f"One sequence of {batch.token_ids.shape[1]} tokens does not fit"
+                raise too_large(what, error, LESS_MEMORY) from error
         else:
             return
         if self.model.device.type == "cuda":
@@ -155,109 +170,26 @@ class ShardRunner:
     def _stored(self, site: Site) -> npt.NDArray[Any]:
         import torch
 
-        values = self._buffers[site].to(getattr(torch, self.recipe.storage_dtype)).cpu()
-        if values.dtype == torch.bfloat16:
-            return values.view(torch.uint16).numpy().copy().view(ml_dtypes.bfloat16)
-        return values.numpy().copy()  # the buffer is reused by the next shard
-
-    def _encode(self, encoder: Encoder, shard: TokenShard) -> tuple[RowFirings, npt.NDArray[np.float32]]:
-        """Encode a shard in tiles of `recipe.tile_rows`; tiles of nothing but filler are left out."""
-        import torch
-
-        values, *targets = (self._buffers[site] for site in _sites_of(encoder))
-        listed = shard.column("token_id") >= 0
-        if not self.recipe.encode_special:
-            listed = listed & (shard.column("flags") & 1 == 0)
-        valid = torch.from_numpy(listed).to(values.device)
-        tiles = [
-            encoder.encode(*(rows[first : first + self.recipe.tile_rows] for rows in (values, valid, *targets)))
-            for first in range(0, shard.n_rows, self.recipe.tile_rows)
-        ]
-        return _joined(tiles, shard, self.shard_rows, self.recipe.activation_bits)
+        values = self._buffers[site].to(getattr(torch, self.recipe.storage_dtype))
+        return as_array(values).copy()  # the buffer is reused by the next shard
 
     def _read_out(self, shard: TokenShard) -> dict[str, npt.NDArray[Any]]:
-        import torch
-
-        n_rows, device = shard.n_rows, self.model.device
-        token_id, seq = (torch.from_numpy(shard.column(name)[:n_rows].astype(np.int64)) for name in ("token_id", "seq"))
-        sites = {name: self._buffers[parse_site(name)][:n_rows] for name in self.recipe.lens_sites}
-        final = self._buffers[self.last_residual][:n_rows]
-        predictions, lenses = read_out(
-            self.model.unembedding(), final, sites, targets_of(token_id, seq).to(device), self.recipe.lens_k
-        )
-        made: dict[str, npt.NDArray[Any]] = {}
-        if self.recipe.predictions:
-            made |= self._filled("predictions", predictions.values, predictions.ids)
+        sites = {name: self._buffers[parse_site(name)] for name in self.recipe.lens_sites}
+        final, unembedding = self._buffers[self.last_residual], self.model.unembedding()
+        predictions, lenses = read_out_shard(unembedding, final, sites, shard, self.recipe.lens_k)
+        made = as_matrices("predictions", predictions, self.shard_rows) if self.recipe.predictions else {}
         for site, rows in lenses.items():
-            made |= self._filled(f"lens/logit/{site}", rows.values, rows.ids)
+            made |= as_matrices(f"lens/{self.recipe.lens_name}/{site}", rows, self.shard_rows)
         return made
 
-    def _filled(self, path: str, values: torch.Tensor, ids: torch.Tensor) -> dict[str, npt.NDArray[Any]]:
-        return {
-            f"{path}/values": _with_filler(values.cpu().numpy(), self.shard_rows, np.nan),
-            f"{path}/ids": _with_filler(ids.cpu().numpy(), self.shard_rows, -1),
-        }
-
     def _provenance(self, splits: list[dict[str, int]]) -> dict[str, Any]:
-        import torch
         import transformers
 
+        common = provenance(self.model.device, compute_dtype=self.model.dtype, tile_rows=self.recipe.tile_rows)
         return {
-            "device_type": self.model.device.type,
-            "device": _device_name(self.model.device),
+            **common,
             "device_map": self.model.spread,
-            "compute_dtype": self.model.dtype,
-            "tf32": False,
-            "threads": torch.get_num_threads(),  # of the CPU: sums are split among them
             "batch_tokens": self.batch_tokens,
-            "tile_rows": self.recipe.tile_rows,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {**common["versions"], "transformers": transformers.__version__},
             "memory_splits": splits,
         }
-
-
-def _sites_of(encoder: Encoder) -> tuple[Site, ...]:
-    """Return the site that an encoder reads and, of a transcoder, the one that it writes."""
-    written = encoder.identity.write_site
-    return (parse_site(encoder.identity.site), *((parse_site(written),) if written else ()))
-
-
-def _joined(
-    tiles: Sequence[Any], shard: TokenShard, shard_rows: int, bits: int
-) -> tuple[RowFirings, npt.NDArray[np.float32]]:
-    """Put encoded tiles together: CSR over the whole shard, and l0, norm, error_norm of every row."""
-    counts = np.concatenate([tile.counts.cpu().numpy() for tile in tiles])[: shard.n_rows]
-    indptr = np.zeros(shard_rows + 1, dtype=np.int64)
-    np.cumsum(counts, out=indptr[1 : len(counts) + 1])
-    indptr[len(counts) + 1 :] = indptr[len(counts)]
-    features = np.concatenate([tile.features.cpu().numpy() for tile in tiles])
-    activations = np.concatenate([tile.activations.cpu().numpy() for tile in tiles])
-    reconstruction = np.concatenate([tile.reconstruction.cpu().numpy() for tile in tiles])[: shard.n_rows]
-    firings = RowFirings(indptr, features, round_mantissa(activations, bits))
-    return firings, _with_filler(reconstruction, shard_rows, np.nan)
-
-
-def _with_filler(values: npt.NDArray[Any], shard_rows: int, filler: float) -> npt.NDArray[Any]:
-    whole = np.full((shard_rows, values.shape[1]), filler, dtype=values.dtype)
-    whole[: len(values)] = values
-    return whole
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has a class for it; the CPU's allocator only a sentence."""
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
-def _too_large(what: str, error: RuntimeError) -> InvalidInput:
-    return InvalidInput(
-        explain(
-            f"{what} the memory ({str(error).splitlines()[0]})",
-            next_step="use a shorter --context, fewer SAEs a pass, --dtype bfloat16, or a device with more memory",
-        )
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -41,8 +41,8 @@ def matrices_of(
     for name in recipe.lens_sites:
         logprobs = tuple(f"logprob_{rank}" for rank in range(1, recipe.lens_k + 1))
         tokens = tuple(f"token_id_{rank}" for rank in range(1, recipe.lens_k + 1))
-        specs.append(_fields(f"lens/logit/{name}/values", "float32", (*LENS_VALUES, *logprobs)))
-        specs.append(_fields(f"lens/logit/{name}/ids", "int32", (*LENS_IDS, *tokens)))
+        specs.append(_fields(f"lens/{recipe.lens_name}/{name}/values", "float32", (*LENS_VALUES, *logprobs)))
+        specs.append(_fields(f"lens/{recipe.lens_name}/{name}/ids", "int32", (*LENS_IDS, *tokens)))
     if recipe.attention_top:
         for site in (one for one in sites if one.kind == "pattern"):
             specs += _attention(f"attention/{site.layer}", site_width(site), recipe.attention_top)

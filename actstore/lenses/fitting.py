@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import torch
 
 from actstore.errors import InvalidInput, explain
@@ -23,7 +21,7 @@ from actstore.models.transforms import NORMALIZED
 
 from .tuned_files import Translator
 
-__all__ = ["Fit", "FitOptions", "Rows", "fit_translator", "mean_kl", "unembedding_of"]
+__all__ = ["Fit", "FitOptions", "Rows", "fit_translator", "mean_kl"]
 
 BIAS_RATE = 0.01  # of Adam, in units of the rows' root mean square
 LOGITS_PER_BLOCK = 1 << 25  # a row block's logits, of which autograd keeps about five
@@ -64,26 +62,6 @@ class Fit:
 
 Told = Callable[[int, float], None]
 """Called at each evaluation with the steps that were made and the held-out KL."""
-
-
-def unembedding_of(piece: Any, device: str) -> Unembedding:
-    """Return a kit's piece `unembedding` as tensors on a device."""
-    norm = str(piece.attrs["norm"])
-    return Unembedding(
-        gain=_tensor(piece["gain"], device),
-        weight=_tensor(piece["weight"], device),
-        softcap=piece.attrs["softcap"],
-        norm_eps=float(piece.attrs["norm_epsilon"]),
-        norm="layer" if norm == "layer" else "rms",
-        bias=_tensor(piece["bias"], device) if "bias" in piece else None,
-    )
-
-
-def _tensor(array: Any, device: str) -> torch.Tensor:
-    values = np.ascontiguousarray(array[:])
-    if values.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(device)
-    return torch.from_numpy(values).to(device)
 
 
 def fit_translator(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,28 +14,46 @@ from actstore.errors import InvalidInput, UnknownName, explain, unknown_name
 from actstore.index import SqlFunction
 from actstore.store import StoreReader
 
+from .attribution import Prism
+from .columns import by_name, in_one, in_order, lists_of, ragged
+from .directions import Directions
+from .shares import ATTRIBUTION_TYPE
 from .snippets import snippets
+from .stored import firings_of_rows, vectors_of_rows
 from .unembed import Unembed
+from .unembeddings import Unembeddings
 
 __all__ = ["Functions"]
 
 FIRINGS_TYPE = pa.list_(pa.struct([("feature", pa.int32()), ("activation", pa.float32())]))
+VECTOR_TYPE = pa.list_(pa.float32())
 EDGES_TYPE = pa.list_(pa.struct([("head", pa.int32()), ("key_row", pa.int64()), ("weight", pa.float32())]))
 LENS_TYPE = pa.list_(pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("logprob", pa.float32())]))
 
 
 class Functions:
-    """`act`, `firings`, `edges`, `logit_lens`, `snippet` and `token_id` over one snapshot of a store."""
+    """Every function of the SQL contract, over one snapshot of a store."""
 
     def __init__(self, reader: StoreReader) -> None:
         self.reader = reader
-        self._loading = threading.Lock()  # DuckDB calls from several threads
-        self._unembeds: dict[str, Unembed] = {}
+        self.unembeddings = Unembeddings(reader)
+        self.directions = Directions(reader)
+        self.prism = Prism(reader, self.directions, self.unembeddings)
 
     def all(self) -> Sequence[SqlFunction]:
         """Return every function, ready to be registered."""
         return (
             SqlFunction("act", self.act, ("VARCHAR", "BIGINT"), "FLOAT[]"),
+            SqlFunction("feature_direction", self.feature_direction, ("VARCHAR", "INTEGER"), "FLOAT[]"),
+            SqlFunction("unembed", self.unembed_rows, ("INTEGER",), "FLOAT[]"),
+            SqlFunction("lens_logits", self.lens_logits, ("VARCHAR", "BIGINT", "INTEGER[]"), "FLOAT[]"),
+            SqlFunction(
+                "attribution",
+                self.attribution,
+                ("BIGINT", "INTEGER", "INTEGER", "VARCHAR"),
+                "STRUCT(component VARCHAR, layer INTEGER, head INTEGER, feature INTEGER, contribution DOUBLE)[]",
+                nulls="special",
+            ),
             SqlFunction("firings", self.firings, ("VARCHAR", "BIGINT"), "STRUCT(feature INTEGER, activation FLOAT)[]"),
             SqlFunction(
                 "edges",
@@ -57,15 +73,60 @@ class Functions:
 
     def act(self, sites: pa.Array, rows: pa.Array) -> pa.Array:
         """Return the activation vector of each row at a stored site: FLOAT[] (width)."""
-        return _by_name(sites, rows, pa.list_(pa.float32()), lambda site, numbers: _lists(self.vectors(site, numbers)))
+        return by_name(sites, rows, VECTOR_TYPE, lambda site, numbers: lists_of(self.vectors(site, numbers)))
+
+    def feature_direction(self, saes: pa.Array, features: pa.Array) -> pa.Array:
+        """Return what a feature writes into the residual stream: its decoder row, through W_O and a post-norm's gain.
+
+        FLOAT[] (d_model). The scale of a post-norm is left out: it depends on the row.
+        """
+
+        def gather(sae: str, numbers: npt.NDArray[np.int64]) -> pa.Array:
+            distinct, inverse = np.unique(numbers, return_inverse=True)
+            return lists_of(self.directions.of_features(sae, distinct)[inverse])
+
+        return by_name(saes, features, VECTOR_TYPE, gather)
+
+    def unembed_rows(self, token_ids: pa.Array) -> pa.Array:
+        """Return a token's row of the unembedding, as the model has it: without the final norm's gain."""
+        return lists_of(self.unembeddings.token_rows(None, np.asarray(token_ids, dtype=np.int64)))
+
+    def lens_logits(self, sites: pa.Array, rows: pa.Array, token_ids: pa.Array) -> pa.Array:
+        """Return the logits, after the soft cap, of these tokens at a stored site of the residual stream."""
+        lists = in_one(token_ids)
+        if lists.flatten().null_count:
+            raise InvalidInput(explain("A list of token ids has NULL in it", accepted="token ids"))
+        gather = partial(self._logits, np.asarray(rows, np.int64), lists)
+        return by_name(sites, pa.array(np.arange(len(rows))), VECTOR_TYPE, gather)
+
+    def attribution(self, rows: pa.Array, token_ids: pa.Array, against: pa.Array, saes: pa.Array) -> pa.Array:
+        """Return what each part of the model adds to a token's logit before the soft cap, or to a difference of logits.
+
+        `against`: the other token's id, -1 for the mean of the vocabulary, NULL for none; `sae`: the SAE whose features
+        are told apart, or NULL. Needs the last resid_post; tells apart what is stored.
+        """
+        asked = pc.and_(rows.is_valid(), token_ids.is_valid())
+        places = np.flatnonzero(np.asarray(asked))
+        columns = [column.take(pa.array(places)) for column in (rows, token_ids, against)]
+        names = saes.take(pa.array(places)).fill_null("")
+
+        def gather(sae: str, here: npt.NDArray[np.int64]) -> pa.Array:
+            row, token, other = (column.take(pa.array(here)) for column in columns)
+            return self.prism.contributions(row, token, other, sae or None)
+
+        made = by_name(names, pa.array(np.arange(len(places))), ATTRIBUTION_TYPE, gather) if len(places) else None
+        index = np.full(len(rows), -1)
+        index[places] = np.arange(len(places))
+        empty = pa.array([], ATTRIBUTION_TYPE)
+        return (empty if made is None else made).take(pa.array(index, mask=index < 0))
 
     def firings(self, saes: pa.Array, rows: pa.Array) -> pa.Array:
         """Return the features that fire on each row, by feature, from the token-major firings."""
-        return _by_name(saes, rows, FIRINGS_TYPE, self._firings)
+        return by_name(saes, rows, FIRINGS_TYPE, self._firings)
 
     def edges(self, layers: pa.Array, rows: pa.Array) -> pa.Array:
         """Return all stored edges of each row in a layer: by head, heaviest first, however light."""
-        return _by_name(layers, rows, EDGES_TYPE, self._edges)
+        return by_name(layers, rows, EDGES_TYPE, self._edges)
 
     def logit_lens(self, sites: pa.Array, rows: pa.Array, ks: pa.Array) -> pa.Array:
         """Return the k likeliest tokens of each row at a stored site of the residual stream, likeliest first."""
@@ -75,14 +136,14 @@ class Functions:
             here = np.flatnonzero(numbers_of_k == k)
             places.append(here)
             parts.append(
-                _by_name(
+                by_name(
                     sites.take(pa.array(here)),
                     rows.take(pa.array(here)),
                     LENS_TYPE,
                     lambda site, numbers, k=int(k): self._lens(site, numbers, k),
                 )
             )
-        return _in_order(parts, places, LENS_TYPE)
+        return in_order(parts, places, LENS_TYPE)
 
     def snippet(self, rows: pa.Array, before: pa.Array, after: pa.Array) -> pa.Array:
         """Return the text around each row's token, the token between « and »."""
@@ -102,23 +163,12 @@ class Functions:
 
         Raises UnknownName, listing what is stored, for a site that is not.
         """
-        path = f"sites/{site}"
-        if path not in self.reader.layout.artifacts:
-            stored = [one.removeprefix("sites/") for one in self.reader.layout.artifacts if one.startswith("sites/")]
-            next_step = f"add it: actstore extract MODEL --into STORE --site {site}"
-            raise unknown_name("stored site", site, sorted(stored), next_step=next_step)
-        return self.reader.gather(path, rows).astype(np.float32)
+        return vectors_of_rows(self.reader, site, rows)
 
     def _firings(self, sae: str, rows: npt.NDArray[np.int64]) -> pa.Array:
-        self._must_have_sae(sae)
-        self.reader.token_column("seq", rows)  # raises for a row that does not exist
-        shards, places = np.divmod(rows, self.reader.shard_rows)
-        parts, orders = [], []
-        for shard in np.unique(shards):
-            here = np.flatnonzero(shards == shard)
-            orders.append(here)
-            parts.append(_slices(self.reader.firings_cached(sae, int(shard)), places[here]))
-        return _in_order(parts, orders, FIRINGS_TYPE)
+        found = firings_of_rows(self.reader, sae, rows)
+        fields = [pa.array(found.features.astype(np.int32)), pa.array(found.activations)]
+        return ragged(found.counts, pa.StructArray.from_arrays(fields, fields=list(FIRINGS_TYPE.value_type)))
 
     def _edges(self, layer: int, rows: npt.NDArray[np.int64]) -> pa.Array:
         known = [one.removeprefix("attention/") for one in self.reader.layout.artifacts if one.startswith("attention/")]
@@ -137,13 +187,17 @@ class Functions:
         bounds = np.searchsorted(places, np.arange(len(rows) + 1)).astype(np.int32)
         return pa.ListArray.from_arrays(bounds, values)
 
-    def _must_have_sae(self, sae: str) -> None:
-        stored = [one.removeprefix("firings/") for one in self.reader.layout.artifacts if one.startswith("firings/")]
-        if sae not in stored:
-            next_step = "add it: actstore extract MODEL --into STORE --sae SOURCE"
-            raise unknown_name("stored SAE", sae, sorted(stored), next_step=next_step)
-
     def _lens(self, site: str, rows: npt.NDArray[np.int64], k: int) -> pa.Array:
+        vectors = self._residuals(site, rows)
+        top = self.unembed(f"sites/{site}").top(vectors, k)
+        token_ids = pa.array(top.token_ids.reshape(-1))
+        fields = [token_ids, self.reader.vocabulary().take(token_ids).cast(pa.string()), top.logprobs.reshape(-1)]
+        values = pa.StructArray.from_arrays(
+            [fields[0], fields[1], pa.array(fields[2])], fields=list(LENS_TYPE.value_type)
+        )
+        return ragged(np.full(len(rows), k), values)
+
+    def _residuals(self, site: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         if not site.startswith("resid_"):  # others may be as wide: the numbers would mean nothing
             raise InvalidInput(
                 explain(
@@ -152,22 +206,22 @@ class Functions:
                     next_step="for the model's own answer read the last resid_post",
                 )
             )
-        vectors = self.vectors(site, rows)
-        top = self.unembed(f"sites/{site}").top(vectors, k)
-        token_ids = pa.array(top.token_ids.reshape(-1))
-        fields = [token_ids, self.reader.vocabulary().take(token_ids).cast(pa.string()), top.logprobs.reshape(-1)]
-        values = pa.StructArray.from_arrays(
-            [fields[0], fields[1], pa.array(fields[2])], fields=list(LENS_TYPE.value_type)
-        )
-        return pa.ListArray.from_arrays(np.arange(len(rows) + 1, dtype=np.int32) * k, values)
+        return self.vectors(site, rows)
+
+    def _logits(
+        self, rows: npt.NDArray[np.int64], token_ids: pa.Array, site: str, here: npt.NDArray[np.int64]
+    ) -> pa.Array:
+        """Return the logits of the lists `here` at one site, all their tokens together."""
+        lists = token_ids.take(pa.array(here))
+        counts, flat = np.asarray(lists.value_lengths(), np.int64), np.asarray(lists.flatten(), np.int64)
+        vectors, artifact = self._residuals(site, rows[here]), f"sites/{site}"
+        distinct, which = np.unique(flat, return_inverse=True)
+        weights, of_row = self.unembeddings.token_rows(artifact, distinct), np.repeat(np.arange(len(here)), counts)
+        return ragged(counts, pa.array(self.unembed(artifact).logits_of(vectors, weights, of_row, which)))
 
     def unembed(self, artifact: str) -> Unembed:
         """Return the unembedding of the pass that made an artifact, in that pass's dtype; opened once."""
-        digest = self.reader.kit_digest("unembedding", artifact)
-        with self._loading:
-            if digest not in self._unembeds:
-                self._unembeds[digest] = Unembed(self.reader.kit_piece(digest))
-            return self._unembeds[digest]
+        return self.unembeddings.of(artifact)
 
     @cached_property
     def _ids_of(self) -> dict[str, list[int]]:
@@ -188,39 +242,3 @@ class Functions:
                 explain(f"No single token is shown as {text!r}.{hint}", next_step="see the table `vocabulary`")
             )
         return ids[0]
-
-
-def _by_name(names: pa.Array, rows: pa.Array, kind: pa.DataType, gather: Any) -> pa.Array:
-    """Call `gather(name, rows)` once for each distinct name, and put the answers back in order."""
-    distinct = pc.unique(names).to_pylist()
-    numbers = np.asarray(rows, dtype=np.int64)
-    if len(distinct) == 1:
-        return gather(distinct[0], numbers)
-    places = [np.flatnonzero(np.asarray(pc.equal(names, name))) for name in distinct]
-    parts = [gather(name, numbers[here]) for name, here in zip(distinct, places, strict=True)]
-    return _in_order(parts, places, kind)
-
-
-def _in_order(parts: Sequence[pa.Array], places: Sequence[npt.NDArray[np.intp]], kind: pa.DataType) -> pa.Array:
-    """Return the parts as one array, each element at its place."""
-    if len(parts) == 1:
-        return parts[0]
-    order = np.argsort(np.concatenate([*places, np.empty(0, np.intp)]), kind="stable")
-    return pa.concat_arrays([*parts, pa.array([], kind)]).take(pa.array(order))
-
-
-def _lists(vectors: npt.NDArray[np.float32]) -> pa.Array:
-    n_rows, width = vectors.shape
-    return pa.ListArray.from_arrays(np.arange(n_rows + 1, dtype=np.int32) * width, pa.array(vectors.reshape(-1)))
-
-
-def _slices(firings: Any, places: npt.NDArray[np.int64]) -> pa.Array:
-    """Return the firings of some rows of a shard as lists."""
-    starts, ends = firings.indptr[places], firings.indptr[places + 1]
-    bounds = np.concatenate([[0], np.cumsum(ends - starts)]).astype(np.int32)
-    picked = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], ends - starts)
-    values = pa.StructArray.from_arrays(
-        [pa.array(firings.features[picked].astype(np.int32)), pa.array(firings.activations[picked])],
-        fields=list(FIRINGS_TYPE.value_type),
-    )
-    return pa.ListArray.from_arrays(bounds, values)

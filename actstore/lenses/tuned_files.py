@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.errors import InvalidInput, MissingInput, UnsupportedFormat, explain
-from actstore.saes.npz import Unreadable
+from actstore.saes.faults import Unreadable
 from actstore.saes.weights import Weights, open_weights
 from actstore.sealed import write_durably
 

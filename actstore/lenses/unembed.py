@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -22,6 +23,8 @@ __all__ = ["TopTokens", "Unembed"]
 
 TOKENS_PER_BLOCK = 8192
 ROWS_PER_BLOCK = 1024
+NUMBERS_PER_BLOCK = 1 << 22
+PAIRS_PER_PRODUCT = 8  # products that are not asked for, to one that is, below which a product of matrices is faster
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,64 @@ class Unembed:
         normed = self._norm(rows.astype(np.float32))
         for first in range(0, self.vocabulary_size, TOKENS_PER_BLOCK):
             block = np.asarray(self._weight[first : first + TOKENS_PER_BLOCK]).astype(np.float32)
-            logits = normed @ block.T
-            if self._softcap is not None:
-                logits = np.tanh(logits / self._softcap, dtype=np.float32) * np.float32(self._softcap)
-            yield first, logits
+            yield first, self.capped(normed @ block.T)
+
+    def logits_of(
+        self,
+        rows: npt.NDArray[Any],
+        weights: npt.NDArray[np.float32],
+        of_row: npt.NDArray[np.intp],
+        of_weight: npt.NDArray[np.intp],
+    ) -> npt.NDArray[np.float32]:
+        """Return logits float32 (pair), soft cap applied, of pairs of a residual row and a row of the unembedding."""
+        normed = self._norm(rows.astype(np.float32))
+        if len(rows) * len(weights) <= PAIRS_PER_PRODUCT * len(of_row):  # lists that are alike: one product of matrices
+            logits = (normed @ weights.T)[of_row, of_weight]
+        else:
+            step = max(1, NUMBERS_PER_BLOCK // self.d_model)
+            parts = [slice(first, first + step) for first in range(0, len(of_row), step)]
+            pairs = [np.einsum("pd,pd->p", normed[of_row[part]], weights[of_weight[part]]) for part in parts]
+            logits = np.concatenate([np.empty(0, np.float32), *pairs])
+        return self.capped(logits)
+
+    def capped(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return logits after the model's soft cap, where it has one."""
+        if self._softcap is None:
+            return logits
+        return np.asarray(np.tanh(logits / self._softcap, dtype=np.float32) * np.float32(self._softcap))
+
+    def before_cap(self, rows: npt.NDArray[Any], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return each row's product (row) with a direction (row, d_model) of the unembedding, as the model norms it."""
+        normed = self._norm(rows.astype(np.float32)).astype(np.float64)
+        return np.asarray(np.einsum("rd,rd->r", normed, weights))
+
+    def pulled_back(
+        self, rows: npt.NDArray[Any], weights: npt.NDArray[np.float64]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return what a direction of the unembedding reads from the stream: (row, d_model), and a constant (row).
+
+        `before_cap(x, w)` is x · direction + constant where the norm's scale is frozen at the row's own; linear in x,
+        so that each summand of x has its share. For layer norms x is centred: so is the direction instead.
+        """
+        exact = rows.astype(np.float64)
+        if self._centred:
+            exact = exact - exact.mean(axis=1, keepdims=True)
+        scale = 1 / np.sqrt(np.mean(exact * exact, axis=1, keepdims=True) + self._epsilon)
+        read = weights * self._gain * scale
+        constant = np.sum(weights * self._bias, axis=1)
+        return (read - read.mean(axis=1, keepdims=True) if self._centred else read), constant
+
+    @cached_property
+    def mean_row(self) -> npt.NDArray[np.float64]:
+        """The mean of the unembedding over the vocabulary: float64 (d_model); reads all of it once."""
+        firsts = range(0, self.vocabulary_size, TOKENS_PER_BLOCK)
+        blocks = (np.asarray(self._weight[first : first + TOKENS_PER_BLOCK]).astype(np.float64) for first in firsts)
+        return np.asarray(sum(block.sum(axis=0) for block in blocks) / self.vocabulary_size)
+
+    @property
+    def has_norm_bias(self) -> bool:
+        """Whether the final norm adds something of its own."""
+        return isinstance(self._bias, np.ndarray)
 
     def _norm(self, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """RMS or layer norm with the effective gain, rounded to the weight's dtype as the model rounds it."""

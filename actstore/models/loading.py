@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["load_model"]
+__all__ = ["choose_device", "load_model"]
 
 DEVICES = "'auto', 'cpu', 'cuda' or 'cuda:N'"
 
@@ -52,7 +52,7 @@ def load_model(
         check_device_map(device_map, device, source)
     if not isinstance(source, (str, Path)):
         return _proved(adopt_model(source, dtype=dtype, device=device))
-    place = _choose_device(device)
+    place = choose_device(device)
     folder = find_model(source, revision, weights=True)
     description = describe_folder(folder)
     causal_lm = _read_weights(folder, _choose_dtype(description, dtype), device_map).eval()
@@ -109,7 +109,11 @@ def _choose_dtype(description: ModelDescription, dtype: str | None) -> str:
     )
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """Return the device that a name means: "auto" is the GPU where there is one.
+
+    Raises InvalidInput for a device that is not known or not there.
+    """
     import torch
 
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -6,9 +6,10 @@ What lenses need of a model; the kit of a store holds the same numbers, so they 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from actstore.errors import InvalidInput, explain
+from actstore.tensors import as_tensor
 
 from .families import Norm
 from .transforms import NORMALIZED
@@ -16,7 +17,7 @@ from .transforms import NORMALIZED
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Unembedding", "logits"]
+__all__ = ["Unembedding", "logits", "unembedding_of"]
 
 # Vocabulary rows that are widened to float32 at once, where the device cannot multiply into float32.
 _WIDENED_ROWS = 8192
@@ -43,6 +44,19 @@ class Unembedding:
             raise InvalidInput(
                 explain(f"gain and bias {sorted(per_column)} and weight {tuple(self.weight.shape)} disagree")
             )
+
+
+def unembedding_of(piece: Any, device: str | torch.device) -> Unembedding:
+    """Return a kit's piece `unembedding`, its arrays and attributes, as tensors on a device."""
+    vectors = {name: as_tensor(piece[name][:]).to(device) for name in ("weight", "gain", "bias") if name in piece}
+    return Unembedding(
+        gain=vectors["gain"],
+        weight=vectors["weight"],
+        softcap=piece.attrs["softcap"],
+        norm_eps=float(piece.attrs["norm_epsilon"]),
+        norm="layer" if piece.attrs["norm"] == "layer" else "rms",
+        bias=vectors.get("bias"),
+    )
 
 
 def logits(unembedding: Unembedding, resid_rows: torch.Tensor) -> torch.Tensor:

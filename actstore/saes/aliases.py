@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import re
 from collections.abc import Iterable
@@ -10,8 +9,9 @@ from collections.abc import Iterable
 from actstore.errors import unknown_name
 
 from .neuronpedia import SECOND_FOLDERS, google_sources, repositories_of
+from .patterns import by_numbers, matches
 
-__all__ = ["NEURONPEDIA", "SAELENS", "by_numbers", "google_folders", "matching"]
+__all__ = ["NEURONPEDIA", "SAELENS", "google_folders", "matching"]
 
 SAELENS = "saelens:"
 NEURONPEDIA = "neuronpedia:"
@@ -48,17 +48,7 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """Return the names that a pattern matches part by part between slashes, or the one that it is."""
     if not glob.has_magic(pattern):
         return [name for name in names if name == pattern]
-    parts = pattern.split("/")
-    return [
-        name
-        for name in names
-        if len(parts) == name.count("/") + 1 and all(map(fnmatch.fnmatchcase, name.split("/"), parts))
-    ]
-
-
-def by_numbers(folder: str) -> list[tuple[int, str]]:
-    """Return a key that sorts names with numbers compared as numbers: layer_2 before layer_10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", folder)]
+    return [name for name in names if matches(name, pattern)]
 
 
 def _of_first(source: str, repository: str, inner: str) -> list[str]:
@@ -73,7 +63,8 @@ def _of_first(source: str, repository: str, inner: str) -> list[str]:
 def _of_neuronpedia(source: str, name: str) -> list[str]:
     if (custom := _WITH_L0.fullmatch(name)) and (repositories := repositories_of(custom["model"])):
         kind = "transcoders" if custom["kind"] == "transcoder" else custom["kind"]
-        inner = f"layer_{custom['layer']}/width_{custom['width']}/average_l0_{custom['l0']}"
+        where = "embedding" if custom["layer"] == "embedding" else f"layer_{custom['layer']}"
+        inner = f"{where}/width_{custom['width']}/average_l0_{custom['l0']}"
         return [_file(f"{repositories}-{kind}/{inner}")]
     sources = google_sources()
     near = [one for one in sources if one.partition("/")[0] == name.partition("/")[0]]

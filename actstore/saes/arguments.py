@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from actstore.errors import InvalidInput, UnsupportedFormat, explain
 from actstore.sites import Site, parse_site
@@ -18,10 +17,11 @@ from actstore.sites import Site, parse_site
 from .agreed import agreed_sites
 from .configured import configuration_of
 from .declaration import Declaration
+from .faults import spelled
 from .formats import GEMMA_SCOPE
 from .multi_layer import read_layer_name
 from .names import SaeName, fallback_id, read_name
-from .places import Place, find_places
+from .places import Place, find_places, local_path
 from .registry import Listed, meanings
 from .second_scope import read_second_name
 
@@ -68,7 +68,7 @@ def parse_sae_argument(text: str) -> SaeArgument:
 
     Raises InvalidInput or UnknownName for a SITE that is none, InvalidInput for an empty SOURCE.
     """
-    if Path(text).expanduser().exists() and text:
+    if text and local_path(text):
         return SaeArgument(text)
     with_id = _WITH_ID.fullmatch(text)
     sae, rest = (with_id[1], with_id[2]) if with_id else (None, text)
@@ -147,7 +147,7 @@ def _declaration(place: Place, listed: Listed | None) -> Declaration:
         raise UnsupportedFormat(
             explain(
                 f"The SAE {place} cannot be used as its {place.format.described_by} describes it: "
-                f"{'; '.join(config.faults)}",
+                f"{spelled(config.faults)}",
                 next_step="choose another SAE",
             )
         )

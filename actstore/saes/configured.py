@@ -9,7 +9,7 @@ from typing import Any
 from actstore.errors import InvalidInput, MissingInput, explain
 
 from .config import Config, read_config
-from .npz import Unreadable
+from .faults import Unreadable
 from .pickled import read_pickled_values
 from .places import Place
 
@@ -38,7 +38,7 @@ def _values(place: Place) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise MissingInput(explain(f"The file {path} is not there any more")) from error
     except Unreadable as error:
-        raise _refused(place, "; ".join(error.faults)) from error
+        raise _refused(place, str(error)) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise _refused(place, f"{', '.join(sorted(place.format.values))} are more than text and numbers") from error
     return found

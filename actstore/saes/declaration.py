@@ -11,12 +11,13 @@ from actstore.sites import Site
 
 from .coder import Array, Normalisation
 
-__all__ = ["Arrays", "Declaration", "gate_as_threshold", "rescale_by_decoder_norm", "without_threshold"]
+__all__ = ["Arrays", "Declaration", "as_they_are", "gate_as_threshold", "rescale_by_decoder_norm", "without_threshold"]
 
 Arrays = dict[str, Array]
 
 
-def _as_they_are(arrays: Arrays) -> Arrays:
+def as_they_are(arrays: Arrays) -> Arrays:
+    """Return the arrays of a file that has them as a `SparseCoder` does."""
     return arrays
 
 
@@ -28,7 +29,8 @@ class Declaration:
     tensors: Mapping[str, str]  # our array → the tensor in the file, in any case of its letters
     accepted: str  # the layout, for messages
     turned: frozenset[str] = frozenset()  # our matrices that the file holds the other way round
-    scalars: frozenset[str] = frozenset()  # that `fold` takes or drops, of no size that the others have
+    scalars: frozenset[str] = frozenset()  # arrays of one number each, that `fold` takes
+    ignored: frozenset[str] = frozenset()  # tensors that the file may hold and the equation does not need
     optional: Mapping[str, str] = field(default_factory=dict)  # arrays that `fold` takes where they are there
     sites: tuple[Site, ...] = ()  # more than one where its configuration has names of it that differ
     transcodes: bool | None = False  # reconstructs another site than it reads; None where the file cannot tell
@@ -43,7 +45,7 @@ class Declaration:
     subtracts_b_dec: bool = False
     normalisation: Normalisation = Normalisation.NONE
     unit_decoder: bool = False  # decoder rows of norm 1 are promised
-    fold: Callable[[Arrays], Arrays] = _as_they_are  # from the file's arrays to the five of a `SparseCoder`
+    fold: Callable[[Arrays], Arrays] = as_they_are  # from the file's arrays to the five of a `SparseCoder`
 
     @property
     def names(self) -> dict[str, str]:
@@ -70,11 +72,10 @@ def gate_as_threshold(arrays: Arrays) -> Arrays:
 
 
 def rescale_by_decoder_norm(arrays: Arrays) -> Arrays:
-    """Return the arrays with decoder rows of norm 1 and features as much larger; rows of zeros stay."""
-    norm = np.linalg.norm(arrays["w_dec"], axis=1)
-    norm = np.where(norm > 0, norm, 1).astype(np.float32)
+    """Return the arrays with decoder rows of norm 1 and features as much larger; of rows of zeros none ever fires."""
+    norm = np.linalg.norm(arrays["w_dec"], axis=1).astype(np.float32)
     return arrays | {
         "w_enc": arrays["w_enc"] * norm,
         "b_enc": arrays["b_enc"] * norm,
-        "w_dec": arrays["w_dec"] / norm[:, None],
+        "w_dec": arrays["w_dec"] / np.where(norm > 0, norm, 1)[:, None],
     }

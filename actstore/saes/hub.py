@@ -33,7 +33,8 @@ def is_cached(repository: str, path: str) -> bool:
     """Return whether a file is in the cache, without asking the hub."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(repository, path), str)
+    with _translated(repository, path):
+        return isinstance(try_to_load_from_cache(repository, path), str)
 
 
 def list_release(repository: str) -> list[str]:
@@ -60,6 +61,12 @@ def _translated(repository: str, wanted: str) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         raise MissingInput(
             explain(f"There is neither a local path nor a hub repository {repository}", next_step="check the spelling")
+        ) from error
+    except ValueError as error:  # a name that no repository or file of the hub can have
+        raise MissingInput(
+            explain(
+                f"{repository} has no {wanted}: {error}", accepted="owner/repo/path", next_step="check the spelling"
+            )
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise _out_of_reach(repository, wanted, error) from error

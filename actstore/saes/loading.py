@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +21,11 @@ from actstore.recipe import SaeIdentity
 from .arguments import ResolvedSae
 from .coder import SparseCoder, infinite_faults, shape_faults, value_faults
 from .declaration import Arrays, Declaration
+from .faults import Unreadable, spelled
 from .hub import FetchedFile
 from .layers import LayerDecoders, layer_faults
 from .multi_layer import read_layer_name
 from .names import width_of_label
-from .npz import Unreadable
 from .weights import Weights, open_weights
 
 __all__ = ["SaeSizes", "load_sae", "sae_sizes"]
@@ -136,24 +138,29 @@ def _opened(resolved: ResolvedSae, path: Path) -> Iterator[tuple[io.BufferedRead
 def _checked_shapes(resolved: ResolvedSae, weights: Weights[Any]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of our arrays, from headers alone; raises Unreadable where they contradict anything."""
     declaration = resolved.declaration
-    known = declaration.names
-    names = [name.lower() for name in weights.headers]  # W_enc and w_enc are both in use
-    faults = [f"{name} is missing" for name in declaration.tensors.values() if name not in names]
-    faults += [f"{name} is not part of the format" for name in weights.headers if name.lower() not in known]
-    faults += [f"{name} is there twice" for name in known if names.count(name) > 1]
-    if not faults:
-        shapes = {known[name.lower()]: header.shape for name, header in weights.headers.items()}
-        if faults := _axis_faults(declaration, shapes["w_dec"]):
-            raise Unreadable(faults)
-        if declaration.position is not None:
-            shapes["w_dec"] = shapes["w_dec"][::2]
-        shapes |= {ours: shapes[ours][::-1] for ours in declaration.turned}
-        vectors = {ours: shape for ours, shape in shapes.items() if ours not in declaration.scalars}
-        transcodes = resolved.write_site is not None
-        faults = shape_faults(vectors, transcodes=transcodes) or _width_faults(resolved, shapes)
-    if faults:
+    if faults := _name_faults(declaration, weights.headers):
+        raise Unreadable(faults)
+    shapes = {ours: header.shape for ours, header in _wanted(declaration, weights).items()}
+    single = {declaration.tensors[ours]: shapes.pop(ours) for ours in declaration.scalars}
+    faults = [f"{name} is {shape}, not one number" for name, shape in single.items() if math.prod(shape) != 1]
+    if faults := faults + _axis_faults(declaration, shapes["w_dec"]):
+        raise Unreadable(faults)
+    if declaration.position is not None:
+        shapes["w_dec"] = shapes["w_dec"][::2]
+    shapes |= {ours: shapes[ours][::-1] for ours in declaration.turned}
+    transcodes = resolved.write_site is not None
+    if faults := shape_faults(shapes, transcodes=transcodes) or _width_faults(resolved, shapes):
         raise Unreadable(faults)
     return shapes
+
+
+def _name_faults(declaration: Declaration, found: Collection[str]) -> list[str]:
+    """Return which tensors are missing, unknown or there twice; W_enc and w_enc are both in use."""
+    names, known = Counter(name.lower() for name in found), declaration.names
+    faults = [f"{name} is missing" for name in declaration.tensors.values() if name.lower() not in names]
+    allowed = {*known, *declaration.ignored}
+    faults += [f"{name} is not part of the format" for name in found if name.lower() not in allowed]
+    return faults + [f"{name} is there twice" for name in known if names[name] > 1]
 
 
 def _axis_faults(declaration: Declaration, w_dec: tuple[int, ...]) -> list[str]:
@@ -169,12 +176,18 @@ def _axis_faults(declaration: Declaration, w_dec: tuple[int, ...]) -> list[str]:
 
 
 def _arrays(resolved: ResolvedSae, weights: Weights[Any]) -> Arrays:
-    declaration, known = resolved.declaration, resolved.declaration.names
-    headers = {known[name.lower()]: header for name, header in weights.headers.items()}
+    declaration = resolved.declaration
+    headers = _wanted(declaration, weights)
     if declaration.position is not None:
         headers["w_dec"] = headers["w_dec"].at(declaration.position)
     read = weights.read(headers)
     return read | {ours: np.ascontiguousarray(read[ours].T) for ours in declaration.turned}
+
+
+def _wanted(declaration: Declaration, weights: Weights[Any]) -> dict[str, Any]:
+    """Return the headers of our arrays, by our names."""
+    known = declaration.names
+    return {known[name.lower()]: header for name, header in weights.headers.items() if name.lower() in known}
 
 
 def _declared_width(resolved: ResolvedSae) -> int | None:
@@ -197,7 +210,7 @@ def _width_faults(resolved: ResolvedSae, shapes: Mapping[str, tuple[int, ...]]) 
 def _refused(resolved: ResolvedSae, faults: list[str]) -> InvalidInput:
     return InvalidInput(
         explain(
-            f"The SAE {resolved.place.file} cannot be used: {'; '.join(faults)}",
+            f"The SAE {resolved.place.file} cannot be used: {spelled(faults)}",
             accepted=resolved.declaration.accepted,
             next_step="fetch the file again, or choose another SAE",
         )

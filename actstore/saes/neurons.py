@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from actstore.errors import InvalidInput, explain
 from actstore.recipe import SaeIdentity
 from actstore.sealed import digest_of
-from actstore.sites import Site, expand_sites
+from actstore.sites import Missing, Site, expand_sites, not_on_model
 
 from .arguments import SaeArgument, parse_sae_argument
 from .encoder import EncodedTile, SaeEncoder
@@ -36,19 +36,23 @@ def without_neurons(arguments: Sequence[str]) -> list[str]:
 
 
 def expand_neurons(
-    arguments: Sequence[str], available: Sequence[Site], width: Callable[[Site], int], n_kept: int
+    arguments: Sequence[str],
+    available: Sequence[Site],
+    width: Callable[[Site], int],
+    n_kept: int,
+    missing: Missing = not_on_model,
 ) -> list[SaeIdentity]:
     """Return the identity coders that `[ID=]neurons:SITE` among the arguments ask for, of each in forward order.
 
     SITE is a name, range, list or glob of the available sites; n_kept are the activations of a row that are kept.
-    Raises UnknownName for a site that is not available, InvalidInput for `pattern`, for one id of several sites and
-    for an `@SITE`.
+    Raises what `missing` makes for a site that is not available, InvalidInput for `pattern`, for one id of several
+    sites and for an `@SITE`.
     """
     parsed = [argument for argument in map(parse_sae_argument, arguments) if _is_neurons(argument)]
     return [
         _identity(argument.id or _default_id(site), site, width(site), n_kept)
         for argument in parsed
-        for site in _sites(argument, available)
+        for site in _sites(argument, available, missing)
     ]
 
 
@@ -56,7 +60,7 @@ def _is_neurons(argument: SaeArgument) -> bool:
     return argument.source.startswith(_PREFIX)
 
 
-def _sites(argument: SaeArgument, available: Sequence[Site]) -> tuple[Site, ...]:
+def _sites(argument: SaeArgument, available: Sequence[Site], missing: Missing) -> tuple[Site, ...]:
     pattern = argument.source.removeprefix(_PREFIX)
     if argument.site:
         raise InvalidInput(
@@ -66,7 +70,7 @@ def _sites(argument: SaeArgument, available: Sequence[Site]) -> tuple[Site, ...]
                 next_step=f"leave '@{argument.site}' out",
             )
         )
-    sites = expand_sites((pattern,), available)
+    sites = expand_sites((pattern,), available, missing)
     if any(site.kind == "pattern" for site in sites):
         raise InvalidInput(
             explain(

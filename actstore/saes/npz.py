@@ -16,21 +16,16 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ArrayHeader", "Unreadable", "read_arrays", "read_headers"]
+from .faults import Unreadable
+
+__all__ = ["ArrayHeader", "read_arrays", "read_headers"]
 
 _DTYPES = {np.dtype("<f4"): "float32", np.dtype("<f2"): "float16"}
 # Weights are nearly incompressible; an archive that unpacks to more than this is made to exhaust memory.
 _LARGEST_RATIO = 100
 _SMALL_BYTES = 1 << 26
+_MOST_AXES, _LARGEST_LENGTH = 8, 1 << 40
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, RuntimeError, NotImplementedError)
-
-
-class Unreadable(Exception):
-    """The faults of one file; translated by the caller, who knows the file's name."""
-
-    def __init__(self, faults: list[str]) -> None:
-        super().__init__("; ".join(faults))
-        self.faults = faults
 
 
 @dataclass(frozen=True)
@@ -106,8 +101,8 @@ def _parse_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if version not in readers:
         raise ValueError(f"version {version} of the format is not read")
     shape, _, dtype = readers[version](file)
-    if any(length < 0 for length in shape):
-        raise ValueError(f"shape {shape}")
+    if len(shape) > _MOST_AXES or not all(0 <= length <= _LARGEST_LENGTH for length in shape):
+        raise ValueError("a shape that no array has")
     return shape, dtype
 
 

@@ -12,13 +12,13 @@ from actstore.sites import Site
 
 from .coder import Normalisation
 from .config import Config
-from .declaration import Arrays, Declaration, without_threshold
+from .declaration import Declaration, without_threshold
 
 __all__ = ["VALUES", "declare"]
 
 VALUES = frozenset(("activation", "activation_state_dict", "activation.k", "activation.postact_fn"))  # not tensors
 
-_STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")  # of its training
+_STATISTICS = frozenset(("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"))  # of training
 _KINDS = {
     "mlp_post_act": "mlp_act",
     "resid_delta_attn": "attn_out",
@@ -40,13 +40,13 @@ def declare(config: Config, path: str) -> Declaration:
         {"w_enc": "encoder.weight", "b_enc": "latent_bias", "w_dec": "decoder.weight", "b_dec": "pre_bias"},
         "a state of encoder.weight (d_sae, d_in), decoder.weight (d_in, d_sae), pre_bias, latent_bias, activation",
         turned=frozenset({"w_enc", "w_dec"}),
-        optional={name: name for name in _STATISTICS},
+        ignored=_STATISTICS,
         sites=(Site(_KINDS[named["location"]], int(named["layer"])),) if named else (),
         declared_l0=None if k is None else float(k),
         k=k,
         subtracts_b_dec=True,
         normalisation=Normalisation.LAYER_NORM if is_topk else Normalisation.NONE,
-        fold=_fold,
+        fold=without_threshold,
     )
 
 
@@ -57,7 +57,3 @@ def _k(config: Config) -> int | None:
     if k is None:
         config.faults.append("activation_state_dict.k is missing")
     return k
-
-
-def _fold(arrays: Arrays) -> Arrays:
-    return without_threshold({name: array for name, array in arrays.items() if name not in _STATISTICS})

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .npz import Unreadable
+from .faults import Unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ class PickledHeader:
 def read_pickled_headers(
     file: io.BufferedReader, file_bytes: int, values: Collection[str] = ()
 ) -> dict[str, PickledHeader]:
-    """Return the shape of every tensor by its key; raises Unreadable for anything but a flat dict of float tensors.
+    """Return the shape of every tensor by its key; raises Unreadable for anything but a flat dict of real tensors.
 
     values: keys that may stand for something else, and are left out.
     """
@@ -46,7 +46,7 @@ def read_pickled_headers(
             continue
         shape = tuple(getattr(value, "shape", ()))
         if not _is_tensor(value):
-            faults.append(f"{key} is no tensor")
+            faults.append(f"{key} is no tensor of real numbers")
         elif math.prod(shape) * value.element_size() > file_bytes:
             faults.append(f"{key} claims more than the file holds by its shape {shape}")
         headers[str(key)] = PickledHeader(str(key), shape)
@@ -58,7 +58,7 @@ def read_pickled_headers(
 def read_pickled(file: io.BufferedReader, headers: Mapping[str, PickledHeader]) -> dict[str, npt.NDArray[np.float32]]:
     """Return the tensors as float32."""
     state = _loaded(file, "cpu")
-    return {name: state[header.key].float().contiguous().numpy() for name, header in headers.items()}
+    return {name: state[header.key].detach().float().contiguous().numpy() for name, header in headers.items()}
 
 
 def read_pickled_values(file: io.BufferedReader, file_bytes: int, values: Collection[str]) -> dict[str, Any]:
@@ -84,7 +84,9 @@ def _loaded(file: io.BufferedReader, device: str) -> Mapping[str, torch.Tensor]:
 def _is_tensor(value: Any) -> bool:
     import torch
 
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
+        return False
+    return not value.is_complex() and value.dtype != torch.bool
 
 
 def _refuse_bombs(file: io.BufferedReader, file_bytes: int) -> None:

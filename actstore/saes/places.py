@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
+import errno
 import glob
 import re
 from collections.abc import Collection, Iterable
@@ -14,8 +14,9 @@ from actstore.errors import MissingInput, UnsupportedFormat, explain
 from .formats import FORMATS, GEMMA_SCOPE, Format, format_of_file, recognise
 from .hub import FetchedFile, fetch_file, is_cached, list_release
 from .names import nearest_canonical, read_name
+from .patterns import by_numbers, matches
 
-__all__ = ["Place", "find_places"]
+__all__ = ["Place", "find_places", "local_path"]
 
 _CANONICAL = "canonical"
 _HUB_PATH = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*/[^/].*")
@@ -64,11 +65,10 @@ def find_places(source: str) -> list[Place]:
     Raises MissingInput where there is none, UnsupportedFormat for sources and files that are not read, InvalidInput
     for a folder that could be of several formats.
     """
-    local = Path(source).expanduser()
-    if local.exists():
+    if local := local_path(source):
         return _ordered(_local_places(local))
-    if matches := _matching_places(str(local)):
-        return _ordered(matches)
+    if found := _matching_places(str(_at_home(source))):
+        return _ordered(found)
     if not _HUB_PATH.fullmatch(source):
         raise MissingInput(
             explain(
@@ -77,6 +77,24 @@ def find_places(source: str) -> list[Place]:
             )
         )
     return _on_the_hub(source)
+
+
+def local_path(source: str) -> Path | None:
+    """Return the path of this machine that a source is, or None where nothing is there."""
+    path = _at_home(source)
+    try:
+        return path if path.exists() else None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # as a list of sites may be
+            raise
+        return None
+
+
+def _at_home(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # nobody here has the home that it begins with
+        return Path(source)
 
 
 def _local_places(local: Path) -> list[Place]:
@@ -166,7 +184,7 @@ def _on_the_hub(source: str) -> list[Place]:
             return [Place(folder, repository, format=named, weights=weights)]
         return _ordered(_folder_on_the_hub(repository, wanted.rstrip("/")))
     found = _places_of(repository)
-    places = [place for place in found if _matches(place.folder, wanted) or _matches(place.file, wanted)]
+    places = [place for place in found if matches(place.folder, wanted) or matches(place.file, wanted)]
     if not places:
         raise MissingInput(explain(f"Nothing in {repository} matches {source}", accepted=f"folders with {_ACCEPTED}"))
     nearest = set(nearest_canonical(place.folder for place in found))
@@ -205,15 +223,5 @@ def _without_canonical(pattern: str) -> tuple[str, bool]:
     return (f"{parent}/average_l0_[0-9]*", True) if last == _CANONICAL else (pattern, False)
 
 
-def _matches(folder: str, pattern: str) -> bool:
-    parts, wanted = folder.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
-
-
 def _ordered(places: Iterable[Place]) -> list[Place]:
-    """Return the places by their folders' names, with numbers compared as numbers: layer_2 before layer_10."""
-
-    def key(place: Place) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", place.file)]
-
-    return sorted(places, key=key)
+    return sorted(places, key=lambda place: by_numbers(place.file))

@@ -104,12 +104,17 @@ def _weight_checks(coder: SparseCoder) -> list[HealthCheck]:
 
 
 def compete(
-    encoder: SaeEncoder, reads: Mapping[Site, torch.Tensor], writes: Mapping[Site, torch.Tensor] | None = None
+    encoder: SaeEncoder,
+    reads: Mapping[Site, torch.Tensor],
+    writes: Mapping[Site, torch.Tensor] | None = None,
+    *,
+    among: str = "all sites",
 ) -> list[HealthCheck]:
     """Return the FVU of an SAE at every candidate site, its own among them: (row, d_in) of the same plain rows each.
 
     writes (row, d_out): the candidates of what a transcoder writes. It competes at every site to read with its own to
-    write, at every site to write with its own to read, and with both of its sites in another layer.
+    write, at every site to write with its own to read, and with both of its sites in another layer. among: what the
+    candidates are, for the message.
     Not ok is a site that beats the declared one by more than 5 %, and the declared one where its FVU exceeds 1 or
     it is beaten; the message names the better site. With fewer than 1,024 rows `ok` is None.
     Raises InvalidInput where a declared site is not among the candidates.
@@ -124,7 +129,7 @@ def compete(
         for pair in _pairs(declared, reads, writes)
     }
     proved = len(reads[declared.read]) >= ROWS_NEEDED
-    return [_verdict(encoder, declared, pair, fvus, proved) for pair in fvus]
+    return [_verdict(encoder, declared, pair, fvus, proved, among) for pair in fvus]
 
 
 def _pairs(declared: _Pair, reads: Iterable[Site], writes: Iterable[Site]) -> list[_Pair]:
@@ -146,7 +151,7 @@ def _moved(declared: _Pair, read: Site, write: Site) -> bool:
 
 
 def _verdict(
-    encoder: SaeEncoder, declared: _Pair, pair: _Pair, fvus: Mapping[_Pair, float], proved: bool
+    encoder: SaeEncoder, declared: _Pair, pair: _Pair, fvus: Mapping[_Pair, float], proved: bool, among: str
 ) -> HealthCheck:
     subject, bar = f"{encoder.coder.identity.sae} @ {pair}", WINS_BELOW * fvus[declared]
     if pair != declared:
@@ -154,7 +159,7 @@ def _verdict(
     else:
         better = min((other for other in fvus if fvus[other] < bar), key=lambda other: fvus[other], default=None)
         beaten = f"; {better.beside(declared)} explains it better (FVU {fvus[better]:.4g})" if better else ""
-        expected, ok = f"at most 1, and the lowest of all sites by 5 %{beaten}", fvus[pair] <= 1 and better is None
+        expected, ok = f"at most 1, and the lowest of {among} by 5 %{beaten}", fvus[pair] <= 1 and better is None
     return HealthCheck("sae_site", subject, fvus[pair], expected, ok if proved else None)
 
 

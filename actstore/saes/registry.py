@@ -16,11 +16,12 @@ from typing import Any
 
 from actstore.errors import InvalidInput, MissingDependency, UnknownName, UnsupportedFormat, explain, unknown_name
 
-from .aliases import NEURONPEDIA, SAELENS, by_numbers, google_folders, matching
+from .aliases import NEURONPEDIA, SAELENS, google_folders, matching
 from .config import Config
 from .declaration import Arrays, Declaration
 from .formats import FORMATS, Format
 from .names import slug_of
+from .patterns import by_numbers
 
 __all__ = ["Listed", "meanings"]
 
@@ -52,6 +53,7 @@ class Listed:
     neuronpedia_id: str | None = None
     scale: float | None = None  # norm_scaling_factor
     overrides: Mapping[str, Any] = field(default_factory=dict)  # of its configuration
+    l0: float | None = None  # as its makers measured it
 
     @property
     def format(self) -> Format:
@@ -83,6 +85,10 @@ class Listed:
 
     def declare(self, config: Config, folder: str) -> Declaration:
         """Return what its configuration says after what the registry says; what cannot be honoured is a fault."""
+        declaration = self._declare(config, folder)
+        return declaration if declaration.declared_l0 else replace(declaration, declared_l0=self.l0)
+
+    def _declare(self, config: Config, folder: str) -> Declaration:
         if self.format.name != "SAELens":
             self._check(config)
             return self.format.declare(config, folder)
@@ -162,6 +168,7 @@ def _of_release(release: str, body: Mapping[str, Any]) -> Iterator[Listed]:
             one.get("neuronpedia"),
             one.get("norm_scaling_factor"),
             body.get("config_overrides") or {},
+            Config(one).number("l0"),
         )
 
 

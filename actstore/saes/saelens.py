@@ -17,8 +17,8 @@ from actstore.sites import Site
 from .coder import Normalisation
 from .config import Config
 from .declaration import Arrays, Declaration, gate_as_threshold, rescale_by_decoder_norm, without_threshold
+from .faults import Unreadable
 from .hooks import sites_of_hooks
-from .npz import Unreadable
 
 __all__ = ["declare"]
 
@@ -51,26 +51,21 @@ _KEYS = frozenset(
 )
 _HOOKS = ("hook_name", "hook_point", "hf_hook_name")
 _OUT_HOOKS = ("hook_name_out", "hf_hook_name_out")
-_MLP_IN = re.compile(r"blocks\.(\d+)\.hook_mlp_in")
+_MLP_IN = re.compile(r"blocks\.(\d{1,6})\.hook_mlp_in")
 _NORMALISATIONS = (Normalisation.NONE, Normalisation.LAYER_NORM, Normalisation.CONSTANT_NORM)
 _CENTRED_MODELS = re.compile(r"(?:.*/)?(?:distil)?(?:gpt2|gpt-neo|pythia|opt)\b.*")  # with a LayerNorm
 _OTHER_MODELS = re.compile(
     r"(?:.*/)?(?:meta-)?(?:gemma|llama|mistral|qwen|olmo-2).*", re.IGNORECASE
 )  # with an RMS norm
 _WRITTEN = frozenset({"resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"})
+_LOADED_WITH = "model_from_pretrained_kwargs"
 _FOLDED_ONLY = "expected_average_only_in"
 
 
 def declare(config: Config, _folder: str) -> Declaration:
     """Return what a `cfg.json` says. Other architectures, and keys that change the equation, are faults."""
     is_old = "metadata" not in config.body
-    if not is_old:
-        config.only(_KEYS)
-    described = config if is_old else config.inner("metadata")
-    described.require("hook_head_index", None)
-    described.require("hook_point_head_index", None)
-    config.require("finetuning_scaling_factor", False)
-    config.require("reshape_activations", "none", "hook_z")
+    described = _described(config, is_old)
     architecture = _architecture(config, is_old)
     k = _k(config, is_old) if architecture == "topk" else None
     rescales = architecture == "topk" and config.flag("rescale_acts_by_decoder_norm", False)
@@ -101,6 +96,18 @@ def declare(config: Config, _folder: str) -> Declaration:
         normalisation=normalisation,
         fold=partial(_fold, architecture=architecture, rescales=rescales),
     )
+
+
+def _described(config: Config, is_old: bool) -> Config:
+    """Return what describes the training, `metadata` or the old configuration itself, after what must not be there."""
+    if not is_old:
+        config.only(_KEYS)
+    described = config if is_old else config.inner("metadata")
+    described.require("hook_head_index", None)
+    described.require("hook_point_head_index", None)
+    config.require("finetuning_scaling_factor", False)
+    config.require("reshape_activations", "none", "hook_z")
+    return described
 
 
 def _sites(described: Config, transcodes: bool) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
@@ -156,12 +163,22 @@ def _centred(described: Config, sites: Sequence[Site], normalisation: Normalisat
     """Return the normalisation of an SAE that was trained on a model with centred weights.
 
     TransformerLens centres what is written into the residual stream of a model with LayerNorm, which the model itself
-    does not notice; on a model with an RMS norm it leaves out what is asked for.
+    does not notice; on a model with an RMS norm it leaves out what is asked for. Folding value biases moves them out
+    of what heads write, and is a fault where that is read.
     """
-    asked = described.inner("model_from_pretrained_kwargs").flag("center_writing_weights", False)
-    if not asked or not any(site.kind in _WRITTEN for site in sites) or normalisation is Normalisation.LAYER_NORM:
+    kwargs, name = described.inner(_LOADED_WITH), described.text("model_name")
+    asked = kwargs.flag("center_writing_weights", False)
+    if any(site.kind in ("z", "v") for site in sites):
+        kwargs.require("fold_value_biases", False)
+    if not any(site.kind in _WRITTEN for site in sites) or normalisation is Normalisation.LAYER_NORM:
         return normalisation
-    name = described.text("model_name")
+    if "hook_point" in described.body and _LOADED_WITH not in described.body and _CENTRED_MODELS.fullmatch(name):
+        described.faults.append(
+            f"{_LOADED_WITH} is missing, as in the oldest folders, of which some are of centred rows: name it "
+            f'saelens:release/sae_id, or add "{_LOADED_WITH}": {{"center_writing_weights": …}}, true or false'
+        )
+    if not asked:
+        return normalisation
     if _OTHER_MODELS.fullmatch(name):
         return normalisation
     if not _CENTRED_MODELS.fullmatch(name) or normalisation is not Normalisation.NONE:

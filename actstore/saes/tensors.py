@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import IO, Any
@@ -17,12 +18,13 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from .npz import Unreadable
+from .faults import Unreadable
 
 __all__ = ["TensorHeader", "map_tensor", "read_tensor_headers", "read_tensors"]
 
 _LARGEST_HEADER_BYTES = 1 << 24
 _LENGTH_BYTES = 8
+_MOST_AXES, _LARGEST_NUMBER = 8, 1 << 48  # of a shape; of a length or a place in the file
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -89,10 +91,11 @@ def map_tensor(file: IO[bytes], header: TensorHeader) -> npt.NDArray[Any]:
 
 def _parsed(text: bytes) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise Unreadable([f"{name} is there twice" for name in twice])
-        return dict(pairs)
+        body = dict(pairs)
+        if len(body) < len(pairs):
+            twice = (name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise Unreadable([f"{name} is there twice" for name in sorted(twice)])
+        return body
 
     try:
         body = json.loads(text, object_pairs_hook=once)
@@ -106,10 +109,11 @@ def _parsed(text: bytes) -> dict[str, Any]:
 def _header(name: str, entry: Any, first_byte: int) -> TensorHeader:
     try:
         kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, first, last))
+        numbers = (*shape, first, last)
+        whole = all(type(number) is int and 0 <= number <= _LARGEST_NUMBER for number in numbers)
     except (TypeError, KeyError, ValueError):
         whole = False
-    if not whole or not isinstance(kind, str) or last < first:
+    if not whole or len(shape) > _MOST_AXES or not isinstance(kind, str) or last < first:
         raise Unreadable([f"{name} has a header that cannot be read"])
     return TensorHeader(kind, tuple(shape), first_byte + first, last - first)
 

@@ -4,7 +4,7 @@ from .bundle import decode_bundle, encode_bundle, open_bundle
 from .claims import exclusive, no_claims
 from .files import prove_and_write
 from .journal import Journal
-from .kit import open_piece, pack_texts, write_piece
+from .kit import kit_file, open_piece, pack_texts, write_piece
 from .layout import FileProof, Layout, PassFile, StoreFile
 from .location import Location
 from .passes import PassWriter
@@ -27,6 +27,7 @@ __all__ = [
     "decode_bundle",
     "encode_bundle",
     "exclusive",
+    "kit_file",
     "no_claims",
     "open_bundle",
     "open_piece",

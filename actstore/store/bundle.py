@@ -8,9 +8,9 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,9 @@ from zarr.storage import MemoryStore, ZipStore
 from actstore.errors import CorruptStore, explain
 from actstore.sealed import canonical_json
 
-from .arrays import group_metadata, memory_array
+from .arrays import group_metadata, memory_array, shard_file
 
-__all__ = ["decode_bundle", "encode_bundle", "open_bundle", "open_bundle_file"]
+__all__ = ["decode_bundle", "encode_bundle", "open_bundle", "open_bundle_file", "write_large_bundle"]
 
 CHUNK_BYTES = 256 * 1024
 SPARE_BYTES, GROWTH = 64 << 20, 1000  # what a damaged or foreign bundle may decode to at most
@@ -70,6 +70,48 @@ def _array_entries(
     entries = {key: buffer.to_bytes() for key, buffer in files.items() if key.startswith(f"{name}/")}
     entries[f"{name}/zarr.json"] = canonical_json(json.loads(entries[f"{name}/zarr.json"])) + b"\n"
     return entries
+
+
+def write_large_bundle(
+    file: IO[bytes],
+    arrays: Mapping[str, tuple[npt.NDArray[Any], tuple[str, ...]]],
+    attributes: Mapping[str, Any],
+    chunk_bytes: int,
+) -> None:
+    """Write a group of arrays that are too large to be copied, uncompressed, a chunk of rows at a time.
+
+    Every chunk is an entry of its own: a reader of a zip cannot begin in the middle of one.
+    """
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, (values, axes) in sorted(arrays.items()):
+            for entry, data in _chunk_entries(name, values, axes, chunk_bytes):
+                archive.writestr(zipfile.ZipInfo(entry, EPOCH), data)
+        archive.writestr(zipfile.ZipInfo("zarr.json", EPOCH), group_metadata(dict(attributes)))
+
+
+def _chunk_entries(
+    name: str, values: npt.NDArray[Any], axes: tuple[str, ...], chunk_bytes: int
+) -> Iterator[tuple[str, bytes]]:
+    """Yield the entries of an array, sorted by name; one chunk is in memory at a time."""
+    tail = values.shape[1:]
+    chunk = max(1, min(len(values), chunk_bytes // max(1, values[:1].nbytes)))
+    array, files = memory_array(
+        name=name,
+        shape=values.shape,
+        chunks=(chunk, *tail),
+        shards=None,
+        dtype=values.dtype,
+        fill=0,
+        axes=axes,
+        compressed=False,
+    )
+    metadata = canonical_json(json.loads(files[f"{name}/zarr.json"].to_bytes())) + b"\n"
+    firsts = range(0, len(values) if values.size else 0, chunk)
+    entries = {f"{name}/{shard_file(number, values.ndim)}": first for number, first in enumerate(firsts)}
+    for entry, first in sorted(entries.items()):
+        array[first : first + chunk] = values[first : first + chunk]
+        yield entry, files.pop(entry).to_bytes()
+    yield f"{name}/zarr.json", metadata
 
 
 def open_bundle(data: bytes, name: str) -> zarr.Group:

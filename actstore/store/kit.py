@@ -1,12 +1,12 @@
 """Kit pieces: content-addressed bundles that lenses need without the model (docs/format.md §8).
 
-Piece `vocabulary`: `text` uint8 (byte), `bounds` int64 (token + 1); token t is shown as text[bounds[t]:bounds[t+1]].
-Piece `unembedding`: `weight` (vocabulary, d_model) in the model's dtype, `gain` float32 (d_model);
-attributes `softcap`, `norm_epsilon`, `norm`.
+Which pieces there are, and what is in them, is said there; a piece may be larger than the memory.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +18,12 @@ import pyarrow as pa
 import zarr
 
 from actstore.errors import CorruptStore, explain
-from actstore.sealed import sha256_hex, write_durably
+from actstore.sealed import partial_path, translate_full_disk
 
-from .bundle import encode_bundle, open_bundle_file
+from .bundle import open_bundle_file, write_large_bundle
 from .files import make_directory
 from .location import Location
+from .sharing import publish_shared
 
 __all__ = ["kit_file", "open_piece", "pack_texts", "unpack_texts", "write_piece"]
 
@@ -41,14 +42,26 @@ def kit_file(digest: str) -> str:
 def write_piece(
     root: Path, arrays: Mapping[str, tuple[npt.NDArray[Any], tuple[str, ...]]], attributes: Mapping[str, Any]
 ) -> str:
-    """Write a kit piece unless it is there already; return its digest, which is its name."""
-    # Uncompressed, in large chunks: a lens reads all of it, and weights hardly shrink.
-    data = encode_bundle(arrays, attributes, chunk_bytes=CHUNK_BYTES, compressed=False)
-    digest = sha256_hex(data)
-    path = root / kit_file(digest)
-    if not path.exists():
-        make_directory(path.parent)
-        write_durably(path, data)
+    """Write a kit piece unless it is there already; return its digest, which is its name.
+
+    Arrays are written a chunk at a time and never copied whole; their bytes are shared with other stores of the machine
+    where the file system can. Raises NoSpace where the disk is full.
+    """
+    home = root / "kit"
+    make_directory(home)
+    partial = partial_path(home / "piece")  # its name follows from its bytes
+    with translate_full_disk(partial):
+        try:
+            with partial.open("wb+") as file:
+                write_large_bundle(file, arrays, attributes, CHUNK_BYTES)
+                file.flush()
+                os.fsync(file.fileno())
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if not (root / kit_file(digest)).exists():
+                publish_shared(partial, root / kit_file(digest), digest)
+        finally:
+            partial.unlink(missing_ok=True)
     return digest
 
 

@@ -99,6 +99,11 @@ class Layout:
             self, passes=(*self.passes, pass_id), artifacts={**self.artifacts, **dict.fromkeys(made.artifacts, pass_id)}
         )
 
+    def kit_of(self, pass_id: str, made: PassFile) -> set[str]:
+        """Return the digests of the kit pieces that a pass still needs: an SAE's weights go with its firings."""
+        dropped = {f"sae/{one.sae}" for one in made.firings if self.artifacts.get(f"firings/{one.sae}") != pass_id}
+        return {digest for name, digest in made.kit.items() if name not in dropped}
+
     def to_json(self) -> dict[str, Any]:
         """Return the body of `layout.json`."""
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from .bundle import decode_bundle
 from .csr import decode_firings
 from .documents import SegmentReader
 from .files import ARRAYS, LAYOUT_FILE, STORE_FILE, firings_file, manifest_file, metadata_file, pass_file
+from .gathering import ChunkCache
 from .kit import open_piece, unpack_texts
 from .layout import CORPUS_PASS, Layout, PassFile, StoreFile
 from .location import Location
+from .pieces import Kit
 from .proved import Files, damaged, read_file, read_rows
 from .receipts import load_receipts
 from .tables import sae_rows, site_rows, small_tables
@@ -62,6 +64,7 @@ class StoreReader:
         self.array = lru_cache(None)(self._array)
         self._digests = lru_cache(None)(self._receipt_digests)
         self.document_text = lru_cache(DOCUMENTS_CACHED)(self._document_text)
+        self._chunks = ChunkCache()
 
     def _layout(self) -> Layout:
         try:
@@ -136,10 +139,13 @@ class StoreReader:
         """
         self._must_be_done(artifact_of(path), shard)
         first = shard * self.shard_rows
-        return self._read(path, shard, slice(first, first + int(self.rows_used[shard])))
+        return self._read(path, slice(first, first + int(self.rows_used[shard])))
 
-    def _read(self, path: str, shard: int, rows: slice) -> npt.NDArray[Any]:
-        return read_rows(self.location, self.array(path), path, rows, self._files(artifact_of(path), shard))
+    def _read(self, path: str, rows: slice) -> npt.NDArray[Any]:
+        """Return rows of a matrix, filler included, of shards that are stored."""
+        shards = range(rows.start // self.shard_rows, -(-rows.stop // self.shard_rows))
+        files = {name: proof for shard in shards for name, proof in self._files(artifact_of(path), shard).items()}
+        return read_rows(self.location, self.array(path), path, rows, files)
 
     def _files(self, artifact: str, shard: int) -> Files:
         """Return the files that the receipt of a shard proves."""
@@ -173,20 +179,14 @@ class StoreReader:
     def gather(self, path: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Return these rows of a matrix, in the order asked for: (row, column), in its stored dtype.
 
-        Each shard is decoded once, from its first wanted row to its last.
-        Raises UnknownName for rows that do not exist, are filler or were not extracted.
+        Each chunk is decoded once, and kept a while. Raises UnknownName for rows that do not exist, are filler or were
+        not extracted.
         """
         rows = np.asarray(rows, dtype=np.int64)
         self._must_be_rows(rows)
-        spec = self.array(path)
-        out = np.empty((len(rows), *spec.shape[1:]), dtype=spec.dtype)
-        shards = rows // self.shard_rows
-        for shard in np.unique(shards):
+        for shard in np.flatnonzero(np.bincount(rows // self.shard_rows)):
             self._must_be_done(artifact_of(path), int(shard))
-            here = np.flatnonzero(shards == shard)
-            low, high = int(rows[here].min()), int(rows[here].max())
-            out[here] = self._read(path, int(shard), slice(low, high + 1))[rows[here] - low]
-        return out
+        return self._chunks.gather(path, self.array(path), rows, partial(self._read, path))
 
     def _must_be_rows(self, rows: npt.NDArray[np.int64]) -> None:
         shards, offsets = np.divmod(rows, self.shard_rows)
@@ -260,21 +260,18 @@ class StoreReader:
         """Return the display text of every token id: Arrow large_string (token)."""
         return self._vocabulary
 
-    def kit_digest(self, name: str, artifact: str) -> str:
-        """Return the digest of a kit piece, such as `unembedding`, of the pass that made an artifact.
+    @cached_property
+    def kit(self) -> Kit:
+        """The kit's pieces."""
+        return Kit(self.location, self.layout, self.passes, self._chunks)
 
-        Raises UnknownName where the artifact is not stored or its pass has no such piece.
-        """
-        if artifact not in self.layout.artifacts:
-            raise unknown_name("artifact", artifact, sorted(self.layout.artifacts))
-        pieces = self.passes[self.layout.artifacts[artifact]].kit
-        if name not in pieces:
-            raise unknown_name("kit piece", name, pieces)
-        return pieces[name]
+    def kit_digest(self, name: str, artifact: str | None = None) -> str:
+        """Return as `Kit.digest`."""
+        return self.kit.digest(name, artifact)
 
     def kit_piece(self, digest: str) -> zarr.Group:
         """Return the kit piece with this digest: its arrays and attributes."""
-        return open_piece(self.location, digest)
+        return self.kit.piece(digest)
 
     def feature_logits(self, sae: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
         """Return token ids and logits (feature, rank) of an SAE, or None where they were not computed."""

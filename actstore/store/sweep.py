@@ -7,6 +7,7 @@ from pathlib import Path
 from actstore.errors import CorruptStore, explain
 
 from .claims import exclusive, no_claims
+from .sharing import forget_unused
 from .verify import verify_store
 from .writer import StoreWriter
 
@@ -32,4 +33,5 @@ def sweep_store(root: Path) -> list[str]:
         orphans = [name for name in found.orphans if ":" not in name]
         for name in orphans:
             (root / name).unlink()
+        forget_unused()
     return orphans

@@ -32,7 +32,8 @@ def small_tables(
         "lenses": _lenses(layout),
         "attention": _attention(layout, passes),
         "roles": _roles(manifests),
-        "health": _corpus_health(manifests) + [dict(check) for made in passes.values() for check in made.health],
+        "health": _corpus_health(manifests)
+        + [row for one, made in passes.items() for row in _health(one, made, layout)],
     }
 
 
@@ -109,6 +110,16 @@ def _saes(pass_id: str, made: PassFile, layout: Layout) -> list[dict[str, Any]]:
         for coder in made.recipe["saes"]
         if layout.artifacts.get(f"firings/{coder['sae']}") == pass_id
     ]
+
+
+def _health(pass_id: str, made: PassFile, layout: Layout) -> list[dict[str, Any]]:
+    """Return what a pass proved, of SAEs only what is still there: the same id may be another SAE's by now."""
+    saes = (coder["sae"] for coder in made.recipe["saes"])
+    gone = {sae for sae in saes if layout.artifacts.get(f"firings/{sae}") != pass_id}
+    of_gone = (
+        check["name"].startswith("sae_") and check["subject"].partition(" @ ")[0] in gone for check in made.health
+    )
+    return [dict(check) for check, is_gone in zip(made.health, of_gone, strict=True) if not is_gone]
 
 
 def _lenses(layout: Layout) -> list[dict[str, Any]]:

@@ -160,6 +160,11 @@ class StoreWriter:
         digests = self._write_metadata(arrays)
         self._publish(self.layout.with_pass(pass_id, made), digests)
 
+    def add_to_kit(self, pass_id: str, pieces: Mapping[str, str]) -> None:
+        """Name further kit pieces (name → digest) in a pass that was begun without them; call with the lock held."""
+        made = PassFile.from_json(read_sealed(self.root / pass_file(pass_id)))
+        write_sealed(self.root / pass_file(pass_id), replace(made, kit={**made.kit, **pieces}).to_json())
+
     def drop(self, artifact: str) -> None:
         """Take an artifact out of the layout, then remove its files; call with the lock held."""
         artifacts = {name: owner for name, owner in self.layout.artifacts.items() if name != artifact}

@@ -1,0 +1,75 @@
+"""Coders over the rows of one shard, in the recipe's tiles: the same bits wherever the rows come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actstore.blocks import FLAG_SPECIAL, RowFirings, TokenShard
+from actstore.recipe import Recipe
+from actstore.saes import Encoder, round_mantissa
+from actstore.sites import Site, parse_site
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["encode_shard", "largest_tile", "sites_of", "with_filler"]
+
+TILE_ROWS = 1024
+
+
+def largest_tile(shard_rows: int) -> int:
+    """Return the largest number of rows up to 1,024 that divides a shard: tiles are then all alike."""
+    return next(size for size in range(min(TILE_ROWS, shard_rows), 0, -1) if shard_rows % size == 0)
+
+
+def sites_of(encoder: Encoder) -> tuple[Site, ...]:
+    """Return the site that an encoder reads and, of a transcoder, the one that it writes."""
+    written = encoder.identity.write_site
+    return (parse_site(encoder.identity.site), *((parse_site(written),) if written else ()))
+
+
+def encode_shard(
+    encoder: Encoder, rows: Mapping[Site, torch.Tensor], shard: TokenShard, recipe: Recipe
+) -> tuple[RowFirings, npt.NDArray[np.float32]]:
+    """Encode a shard in tiles of `recipe.tile_rows`; tiles of nothing but filler are left out.
+
+    rows: (row, width) of the encoder's sites over the whole shard, on its device, NaN on filler. Returns the firings
+    and RECONSTRUCTION_VALUES: float32 (row, 3), NaN on filler.
+    """
+    import torch
+
+    values, *targets = (rows[site] for site in sites_of(encoder))
+    listed = shard.column("token_id") >= 0
+    if not recipe.encode_special:
+        listed = listed & (shard.column("flags") & FLAG_SPECIAL == 0)
+    valid = torch.from_numpy(listed).to(values.device)
+    tiles = [
+        encoder.encode(*(one[first : first + recipe.tile_rows] for one in (values, valid, *targets)))
+        for first in range(0, shard.n_rows, recipe.tile_rows)
+    ]
+    return _joined(tiles, shard, recipe.activation_bits)
+
+
+def _joined(tiles: Sequence[Any], shard: TokenShard, bits: int) -> tuple[RowFirings, npt.NDArray[np.float32]]:
+    """Put encoded tiles together: CSR over the whole shard, and l0, norm, error_norm of every row."""
+    shard_rows = len(shard.values)
+    counts = np.concatenate([tile.counts.cpu().numpy() for tile in tiles])[: shard.n_rows]
+    indptr = np.zeros(shard_rows + 1, dtype=np.int64)
+    np.cumsum(counts, out=indptr[1 : len(counts) + 1])
+    indptr[len(counts) + 1 :] = indptr[len(counts)]
+    features = np.concatenate([tile.features.cpu().numpy() for tile in tiles])
+    activations = np.concatenate([tile.activations.cpu().numpy() for tile in tiles])
+    reconstruction = np.concatenate([tile.reconstruction.cpu().numpy() for tile in tiles])[: shard.n_rows]
+    firings = RowFirings(indptr, features, round_mantissa(activations, bits))
+    return firings, with_filler(reconstruction, shard_rows, np.nan)
+
+
+def with_filler(values: npt.NDArray[Any], shard_rows: int, filler: float) -> npt.NDArray[Any]:
+    """Return the rows in use followed by filler up to a whole shard: (shard_rows, column)."""
+    whole = np.full((shard_rows, values.shape[1]), filler, dtype=values.dtype)
+    whole[: len(values)] = values
+    return whole

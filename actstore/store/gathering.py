@@ -1,0 +1,140 @@
+"""Rows of arrays in any order: each chunk is decoded once, and those used last are kept decoded.
+
+The kept chunks of an array lie in one block of memory, so that rows whose chunks are there are taken in one step, as
+fast as from a memory-mapped file.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["ChunkCache", "Read"]
+
+CACHE_BYTES = 256 << 20
+RUN_BYTES = 32 << 20  # neighbouring chunks are read together, up to so many bytes
+NOWHERE = -1
+
+Array = npt.NDArray[Any]
+Numbers = npt.NDArray[np.int64]
+Read = Callable[[slice], Array]
+"""Returns rows [start, stop) of an array; they are whole chunks."""
+
+
+class ChunkCache:
+    """Decoded chunks of any arrays by name, up to about a number of bytes together; any thread may ask."""
+
+    def __init__(self, limit_bytes: int = CACHE_BYTES) -> None:
+        self._limit = limit_bytes
+        self._held: OrderedDict[str, _HeldChunks] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def gather(self, name: str, like: Any, rows: Numbers, read: Read) -> Array:
+        """Return these rows, in the order asked for: (row, …) in the array's dtype.
+
+        `like` is the array: its shape, dtype and chunks count; `read` is how its rows are read. `rows` must exist.
+        """
+        with self._lock:
+            if name not in self._held:
+                self._held[name] = _HeldChunks(like, self._limit)
+            held = self._held[name]
+            self._held.move_to_end(name)
+        found = held.take(rows, read)
+        with self._lock:
+            while self.n_bytes > self._limit and len(self._held) > 1:
+                self._held.popitem(last=False)
+        return found
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all chunks that are held."""
+        return sum(one.n_bytes for one in self._held.values())
+
+
+class _HeldChunks:
+    """Chunks of one array: as many as the limit allows, one at least; those used longest ago give way."""
+
+    def __init__(self, like: Any, limit_bytes: int) -> None:
+        self._lock = threading.Lock()
+        self._length: int = like.chunks[0]
+        self._n_rows: int = like.shape[0]
+        row_bytes: int = int(np.prod(like.shape[1:], dtype=np.int64)) * like.dtype.itemsize
+        self._chunk_bytes = max(1, self._length * row_bytes)
+        n_chunks = -(-self._n_rows // self._length)
+        n_places = max(1, min(n_chunks, limit_bytes // self._chunk_bytes))
+        # Memory that is never written is never taken from the system.
+        self._values = np.empty((n_places * self._length, *like.shape[1:]), dtype=like.dtype)
+        self._place_of = np.full(n_chunks, NOWHERE, dtype=np.int64)
+        self._chunk_in = np.full(n_places, NOWHERE, dtype=np.int64)
+        self._used = np.zeros(n_places, dtype=np.int64)
+        self._clock = 0
+
+    @property
+    def n_bytes(self) -> int:
+        return int(np.count_nonzero(self._chunk_in != NOWHERE)) * self._chunk_bytes
+
+    def take(self, rows: Numbers, read: Read) -> Array:
+        with self._lock:
+            chunks = rows // self._length
+            if (self._place_of[chunks] != NOWHERE).all():
+                return self._taken(rows, chunks)
+            distinct = np.unique(chunks)
+            if len(distinct) <= len(self._chunk_in):
+                self._fetch(distinct, read)
+                return self._taken(rows, chunks)
+            return self._take_in_parts(rows, chunks, distinct, read)
+
+    def _taken(self, rows: Numbers, chunks: Numbers) -> Array:
+        """Return rows whose chunks are all held."""
+        places = self._place_of[chunks]
+        self._clock += 1
+        self._used[places] = self._clock
+        taken: Array = np.take(self._values, places * self._length + (rows - chunks * self._length), axis=0)
+        return taken
+
+    def _take_in_parts(self, rows: Numbers, chunks: Numbers, distinct: Numbers, read: Read) -> Array:
+        """Return rows of more chunks than can be held at once."""
+        out = np.empty((len(rows), *self._values.shape[1:]), dtype=self._values.dtype)
+        for first in range(0, len(distinct), len(self._chunk_in)):
+            part = distinct[first : first + len(self._chunk_in)]
+            here = np.flatnonzero((chunks >= part[0]) & (chunks <= part[-1]))
+            self._fetch(part, read)
+            out[here] = self._taken(rows[here], chunks[here])
+        return out
+
+    def _fetch(self, wanted: Numbers, read: Read) -> None:
+        """Read those of some chunks that are not held, where others were that are not wanted."""
+        held = self._place_of[wanted]
+        self._clock += 1
+        self._used[held[held != NOWHERE]] = self._clock
+        missing = wanted[held == NOWHERE]
+        places = iter(np.argsort(self._used, kind="stable")[: len(missing)].tolist())
+        for first, last in _runs(missing.tolist(), max(1, RUN_BYTES // self._chunk_bytes)):
+            values = read(slice(first * self._length, min((last + 1) * self._length, self._n_rows)))
+            for chunk in range(first, last + 1):
+                start = (chunk - first) * self._length
+                self._put(chunk, next(places), values[start : start + self._length])
+
+    def _put(self, chunk: int, place: int, values: Array) -> None:
+        if self._chunk_in[place] != NOWHERE:
+            self._place_of[self._chunk_in[place]] = NOWHERE
+        self._values[place * self._length : place * self._length + len(values)] = values
+        self._chunk_in[place], self._place_of[chunk], self._used[place] = chunk, place, self._clock
+
+
+def _runs(chunks: list[int], longest: int) -> Iterator[tuple[int, int]]:
+    """Yield the first and last of every run of neighbours among increasing numbers, none longer than `longest`."""
+    first = last = NOWHERE
+    for chunk in chunks:
+        if first != NOWHERE and (chunk != last + 1 or chunk - first >= longest):
+            yield first, last
+            first = chunk
+        first = chunk if first == NOWHERE else first
+        last = chunk
+    if first != NOWHERE:
+        yield first, last

@@ -1,0 +1,55 @@
+-- Which heads look from these tokens to those.
+--
+-- Both sides are token texts with | between, such as ' she| he', or rows with commas between; without either, every
+-- plain token looks and every token is looked at. mean_weight is the weight of a looking token on all of the looked-at
+-- ones before it in its sequence (and on itself, where it is one of them), averaged over the n_rows looking tokens that
+-- have any; what was not kept counts as 0. n_edges are the edges kept, max_weight the heaviest, example where it is.
+-- Looking tokens are plain ones, unless rows are given.
+-- :from_tokens  text = null       texts of the tokens that look
+-- :to_tokens    text = null       texts of the tokens looked at
+-- :from_rows    text = null       rows that look
+-- :to_rows      text = null       rows looked at
+-- :doc          doc = null        one document only
+-- :k            integer = 10000   how many heads
+-- :needs  heads  extract with --attention-top 8
+WITH place AS (
+    SELECT row, seq, token_id, NOT (is_special OR is_template OR is_repeat) AS plain
+    FROM tokens WHERE $doc IS NULL OR doc = $doc
+),
+looking AS (
+    SELECT row, seq FROM place
+    WHERE ($from_tokens IS NULL OR token_id IN (SELECT token_id(unnest(string_split($from_tokens, '|')))))
+      AND ($from_rows IS NULL OR list_contains(CAST(string_split($from_rows, ',') AS BIGINT[]), row))
+      AND (plain OR $from_rows IS NOT NULL)
+),
+looked_at AS (
+    SELECT row, seq FROM place
+    WHERE ($to_tokens IS NULL OR token_id IN (SELECT token_id(unnest(string_split($to_tokens, '|')))))
+      AND ($to_rows IS NULL OR list_contains(CAST(string_split($to_rows, ',') AS BIGINT[]), row))
+),
+able AS (
+    SELECT row FROM looking l
+    WHERE EXISTS (SELECT 1 FROM looked_at k WHERE k.seq = l.seq AND k.row <= l.row)
+),
+layers AS (
+    SELECT DISTINCT layer FROM heads
+),
+kept AS (
+    SELECT layer, row, unnest(edges(layer, row), recursive := true) FROM layers CROSS JOIN able
+),
+met AS (
+    SELECT layer, head, sum(weight::DOUBLE) AS weight, count(*) AS n_edges, max(weight) AS max_weight,
+           arg_max(row, (weight, -row)) AS strongest
+    FROM kept WHERE key_row IN (SELECT row FROM looked_at)
+    GROUP BY layer, head
+),
+ranked AS (
+    SELECT h.layer, h.head, coalesce(m.weight, 0) / n.n_rows AS mean_weight, coalesce(m.n_edges, 0) AS n_edges,
+           n.n_rows, m.max_weight, m.strongest
+    FROM heads h LEFT JOIN met m USING (layer, head) CROSS JOIN (SELECT count(*) AS n_rows FROM able) n
+    WHERE n.n_rows > 0
+    ORDER BY mean_weight DESC, h.layer, h.head LIMIT $k
+)
+SELECT layer, head, mean_weight, n_rows, n_edges, max_weight, strongest AS row, snippet(strongest, 8, 2) AS example
+FROM ranked
+ORDER BY mean_weight DESC, layer, head;
