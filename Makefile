@@ -34,6 +34,7 @@ $(PARITY)/.installed: $(STAMP) constraints-saelens.txt tools/setup_saelens.sh
 bench: $(STAMP)
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/query.py
+	$(BIN)/python benchmarks/gather.py
 
 # A torch that is already there (in .venv, or in the Python that makes it) is kept: its pin is then left out.
 $(STAMP): pyproject.toml constraints.txt

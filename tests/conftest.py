@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,17 @@ from asking_support import SmallStore, build_small_store
 
 import actstore
 from actstore.api import Store
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kit pieces are shared through a cache: not through the user's."""
+    if "ACTSTORE_CACHE" in os.environ:
+        yield
+        return
+    os.environ["ACTSTORE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["ACTSTORE_CACHE"]
 
 
 @pytest.fixture(scope="session")
