@@ -76,7 +76,8 @@ class _HeldChunks:
 
     @property
     def n_bytes(self) -> int:
-        return int(np.count_nonzero(self._chunk_in != NOWHERE)) * self._chunk_bytes
+        n_held = int(np.count_nonzero(self._chunk_in != NOWHERE))
+        return n_held * self._chunk_bytes
 
     def take(self, rows: Numbers, read: Read) -> Array:
         with self._lock:
