@@ -64,7 +64,7 @@ class _HeldChunks:
         self._length: int = like.chunks[0]
         self._n_rows: int = like.shape[0]
         row_bytes: int = int(np.prod(like.shape[1:], dtype=np.int64)) * like.dtype.itemsize
-        self._chunk_bytes = max(1, self._length * row_bytes)
+        self._chunk_bytes: int = max(1, int(self._length * row_bytes))
         n_chunks = -(-self._n_rows // self._length)
         n_places = max(1, min(n_chunks, limit_bytes // self._chunk_bytes))
         # Memory that is never written is never taken from the system.
@@ -76,7 +76,7 @@ class _HeldChunks:
 
     @property
     def n_bytes(self) -> int:
-        n_held = int(np.count_nonzero(self._chunk_in != NOWHERE))
+        n_held: int = int(np.count_nonzero(self._chunk_in != NOWHERE))
         return n_held * self._chunk_bytes
 
     def take(self, rows: Numbers, read: Read) -> Array:
