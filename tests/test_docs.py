@@ -47,7 +47,7 @@ def test_every_query_is_documented_by_its_own_comment(query: NamedQuery) -> None
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_name_only_commands_queries_and_files_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    called = set(re.findall(r"(?:^|\$ |`)actstore ([a-z]+)\b", text, flags=re.MULTILINE))
+    called = set(re.findall(r"(?:^|\$ |`)actstore ([a-z-]+)\b", text, flags=re.MULTILINE))
     assert called <= set(commands.commands), called - set(commands.commands)
     asked = set(re.findall(r"actstore query \S+ ([a-z_]+)", text))
     assert asked <= set(load_queries()), asked - set(load_queries())
