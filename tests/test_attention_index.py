@@ -66,6 +66,15 @@ def source() -> AttentiveSource:
     return made
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[AttentiveSource, Path]:
+    """A source and its index, neither of which a test may change."""
+    made, directory = AttentiveSource((3, 3)), tmp_path_factory.mktemp("built")
+    made.attend(0, 1, 3)
+    build_index(made, directory)
+    return made, directory
+
+
 def opened(directory: Path) -> Connection:
     return open_index(read_catalog(directory), lambda name: directory / name, threads=2)
 
@@ -88,8 +97,8 @@ def expected_heads(source: AttentiveSource, layer: int) -> list[tuple[Any, ...]]
 
 
 @pytest.mark.parametrize("layer", MINIMA)
-def test_edges_from_the_minimum_on_are_listed_by_row(source: AttentiveSource, tmp_path: Path, layer: int) -> None:
-    build_index(source, tmp_path)
+def test_edges_from_the_minimum_on_are_listed_by_row(built: tuple[AttentiveSource, Path], layer: int) -> None:
+    source, directory = built
     expected = []
     for shard in (0, 1, 3):
         weights, offsets = (source.matrices[f"attention/{layer}/{name}", shard] for name in ("weights", "offsets"))
@@ -100,23 +109,23 @@ def test_edges_from_the_minimum_on_are_listed_by_row(source: AttentiveSource, tm
                     if weight >= np.float32(MINIMA[layer]):
                         expected.append((layer, head, row, row - offset, weight))
     assert any(edge[4] == np.float32(MINIMA[layer]) for edge in expected)
-    assert ask(tmp_path, f"FROM attention WHERE layer = {layer}") == expected
+    assert ask(directory, f"FROM attention WHERE layer = {layer}") == expected
     some = expected[len(expected) // 2][2]
-    assert ask(tmp_path, f"FROM attention WHERE layer = {layer} AND row = {some}") == [
+    assert ask(directory, f"FROM attention WHERE layer = {layer} AND row = {some}") == [
         edge for edge in expected if edge[2] == some
     ]
 
 
-def test_what_is_not_a_number_is_null(source: AttentiveSource, tmp_path: Path) -> None:
-    build_index(source, tmp_path)
-    assert ask(tmp_path, "FROM attention_rows WHERE layer = 2 AND row = 7 AND head = 1") == [(2, 1, 7, None, None)]
-    found = ask(tmp_path, "SELECT kept_weight, entropy FROM attention_rows WHERE layer = 2 AND row = 6 ORDER BY head")
+def test_what_is_not_a_number_is_null(built: tuple[AttentiveSource, Path]) -> None:
+    source, directory = built
+    assert ask(directory, "FROM attention_rows WHERE layer = 2 AND row = 7 AND head = 1") == [(2, 1, 7, None, None)]
+    found = ask(directory, "SELECT kept_weight, entropy FROM attention_rows WHERE layer = 2 AND row = 6 ORDER BY head")
     assert found == [tuple(map(float, one)) for one in source.matrices["attention/2/values", 0][6, :, :2].tolist()]
 
 
-def test_heads_are_means_over_plain_rows(source: AttentiveSource, tmp_path: Path) -> None:
-    build_index(source, tmp_path)
-    found = ask(tmp_path, "FROM heads ORDER BY layer, head")
+def test_heads_are_means_over_plain_rows(built: tuple[AttentiveSource, Path]) -> None:
+    source, directory = built
+    found = ask(directory, "FROM heads ORDER BY layer, head")
     expected = [row for layer in MINIMA for row in expected_heads(source, layer)]
     assert [row[:2] for row in found] == [row[:2] for row in expected]
     for mine, wanted in zip(found, expected, strict=True):
@@ -198,7 +207,7 @@ def test_an_index_of_a_newer_format_is_left_alone(source: AttentiveSource, tmp_p
 
 
 @pytest.mark.parametrize("subject", ["x", "", "-1", "1/2", "1); DROP", "9" * 12])
-def test_a_layer_that_cannot_be_one_is_refused(source: AttentiveSource, tmp_path: Path, subject: str) -> None:
-    (part, *_) = build_index(source, tmp_path).select("attention")
+def test_a_layer_that_cannot_be_one_is_refused(built: tuple[AttentiveSource, Path], subject: str) -> None:
+    (part, *_) = read_catalog(built[1]).select("attention")
     with pytest.raises(CorruptStore, match="no part of one"):
         replace(part, subject=subject)

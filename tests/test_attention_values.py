@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ import actstore
 from actstore.blocks import ATTENTION_VALUES
 from actstore.errors import InvalidInput, UnknownName
 from actstore.extraction import Request, plan_extraction
-from actstore.extraction.attention import _heaviest
+from actstore.extraction.attention import AttentionBatch, _heaviest
 from actstore.maintenance import drop, verify
 
 K = 3
@@ -81,8 +82,8 @@ def check_tables(store: Any, layer: int, expected: list[Any], truth: Any) -> Non
     query = f"SELECT row, head, key_row, weight FROM attention WHERE layer = {layer}"
     indexed = [tuple(one.values()) for one in store.sql(query).rows()]
     assert indexed == [edge for edge in listed if edge[3] >= np.float32(0.005)]
-    text = f"SELECT row, unnest(edges({layer}, row), recursive := true) FROM tokens ORDER BY row"
-    assert [tuple(one.values()) for one in store.sql(text).rows()] == listed
+    text = f"SELECT row, edges({layer}, row) AS edges FROM tokens ORDER BY row"
+    assert [(one["row"], *edge.values()) for one in store.sql(text).rows() for edge in one["edges"]] == listed
     rows = store.sql(f"SELECT * EXCLUDE (layer) FROM attention_rows WHERE layer = {layer} ORDER BY row, head").rows()
     kept = [(int(row), head) for row, heads in zip(truth.rows, expected, strict=True) for head in range(len(heads))]
     assert [(one["row"], one["head"]) for one in rows] == kept
@@ -97,57 +98,76 @@ def check_tables(store: Any, layer: int, expected: list[Any], truth: Any) -> Non
             assert one[name] == pytest.approx(np.nanmean([heads[head][name] for heads in plain]), rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "bos"),
-    [
-        pytest.param("gemma_2", True, id="grouped_heads_soft_caps_windows"),
-        pytest.param("gemma_2", False, id="no_bos"),
-        pytest.param("mistral", True, id="windows_everywhere"),
-        pytest.param("gpt_2", False, id="learned_positions_no_bos"),
-        pytest.param("pythia", True, id="parallel_blocks"),
-    ],
-)
-def test_a_family_is_reduced_as_loops_do_it(tmp_path: Path, name: str, bos: bool) -> None:
-    model = case_model(name)
-    extract(model, tmp_path / "a.act", bos=bos)
-    truth = truth_of(tmp_path / "a.act")
-    assert truth.reader.layout.n_shards > 2 and (truth.field("flags")[0] == 1) == bos
-    check_store(model, tmp_path / "a.act")
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A model with grouped heads, soft caps and windows in half of its layers, and its store of attention alone."""
+    model, path = case_model("gemma_2"), tmp_path_factory.mktemp("gemma") / "a.act"
+    extract(model, path)
+    return model, path
 
 
-def test_bfloat16_is_reduced_as_it_was_computed(tmp_path: Path) -> None:
-    model = case_model("gemma_2", torch.bfloat16)
+@pytest.fixture(scope="module")
+def whole(gemma: tuple[Any, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model's store of whole patterns, without the heaviest keys."""
+    path = tmp_path_factory.mktemp("whole") / "a.act"
+    extract(gemma[0], path, attention_top=0, sites=["pattern.*", "z.1"])
+    return path
+
+
+def copied(store: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(store, folder / "copy.act"))
+
+
+def test_grouped_heads_soft_caps_and_windows_are_reduced_as_loops_do_it(gemma: tuple[Any, Path]) -> None:
+    truth = truth_of(gemma[1])
+    assert truth.reader.layout.n_shards > 2 and truth.field("flags")[0] == 1
+    check_store(*gemma)
+
+
+def test_parallel_blocks_are_reduced_as_loops_do_it(tmp_path: Path) -> None:
+    model = case_model("pythia")
     extract(model, tmp_path / "a.act")
     check_store(model, tmp_path / "a.act")
 
 
-def test_an_appended_segment_is_reduced_too(tmp_path: Path) -> None:
-    model = case_model("gemma_2")
-    extract(model, tmp_path / "a.act")
-    extract(model, tmp_path / "a.act", append=MORE)
-    assert len(truth_of(tmp_path / "a.act").reader.segments()) == 2
-    check_store(model, tmp_path / "a.act")
-
-
-def test_windows_overlap_and_are_sequences_of_their_own(tmp_path: Path) -> None:
-    model = case_model("mistral")
+def test_windows_that_overlap_are_sequences_of_their_own(tmp_path: Path) -> None:
+    model = case_model("mistral")  # whose layers all slide
     extract(model, tmp_path / "a.act", stride=6)
     assert (truth_of(tmp_path / "a.act").field("flags") & 4).any()
     check_store(model, tmp_path / "a.act")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_whole_pattern_is_stored_over_the_keys_of_a_window(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = case_model("gemma_2", dtype)
-    extract(model, tmp_path / "a.act", attention_top=0, sites=["pattern.*", "z.1"])
+def test_equal_weights_keep_the_first_keys_and_no_bos_is_needed(tmp_path: Path) -> None:
+    model = case_model("gpt_2")
+    with torch.no_grad():  # layer 1 attends to all keys alike
+        model.transformer.h[1].attn.c_attn.weight[:, :48].zero_()
+        model.transformer.h[1].attn.c_attn.bias[:48].zero_()
+    extract(model, tmp_path / "a.act", bos=False)
     truth = truth_of(tmp_path / "a.act")
-    with actstore.open(tmp_path / "a.act") as store:
-        assert store.sites == ["pattern.0", "pattern.1", "z.1", "pattern.2"]
-        assert store["pattern.1"].width == 6 * CONTEXT
-        flat = np.array(
-            store.sql("SELECT act('pattern.1', row) AS vector FROM tokens ORDER BY row").rows()[5]["vector"]
-        )
-        np.testing.assert_array_equal(flat, store["pattern.1"][int(truth.rows[5])])
+    assert truth.field("flags")[0] == 0
+    check_store(model, tmp_path / "a.act")
+    keys = truth.field("pos")[:, None, None] - truth.matrix("attention/1/offsets")
+    full = truth.field("pos") >= K - 1
+    assert (keys[full] == np.arange(K)).all()
+
+
+def test_bfloat16_is_reduced_as_it_was_computed_in_the_pass_that_stores_patterns_whole(tmp_path: Path) -> None:
+    model = case_model("gemma_2", torch.bfloat16)
+    extract(model, tmp_path / "a.act", sites=["pattern.*"])
+    check_store(model, tmp_path / "a.act")
+    check_patterns(model, tmp_path / "a.act")
+
+
+def test_an_appended_segment_is_reduced_too(gemma: tuple[Any, Path], tmp_path: Path) -> None:
+    path = copied(gemma[1], tmp_path)
+    extract(gemma[0], path, append=MORE)
+    assert len(truth_of(path).reader.segments()) == 2
+    check_store(gemma[0], path)
+
+
+def check_patterns(model: Any, path: Path) -> None:
+    """Compare whole patterns with those of transformers: zero on other keys, NaN in filler."""
+    truth = truth_of(path)
     for layer, of_sequences in patterns(model, truth).items():
         stored = truth.matrix(f"sites/pattern.{layer}").astype(np.float32).reshape(-1, 6, CONTEXT)
         for (first, ids, _), pattern in zip(sequences(truth), of_sequences, strict=True):
@@ -160,61 +180,98 @@ def test_a_whole_pattern_is_stored_over_the_keys_of_a_window(tmp_path: Path, dty
     assert np.isnan(np.asarray(array[int(used) : truth.reader.shard_rows]).astype(np.float32)).all()
 
 
-def test_whole_patterns_and_heaviest_keys_come_from_one_pass(tmp_path: Path) -> None:
-    model = case_model("gemma_2")
-    extract(model, tmp_path / "a.act", sites=["pattern.1"])
-    extract(model, tmp_path / "b.act")
-    one, other = hashes(tmp_path / "a.act", "arrays/attention"), hashes(tmp_path / "b.act", "arrays/attention")
-    assert one == other and len(one) > 9
-    assert truth_of(tmp_path / "a.act").matrix("sites/pattern.1").shape[1] == 6 * CONTEXT
+def test_a_whole_pattern_is_stored_over_the_keys_of_a_window(gemma: tuple[Any, Path], whole: Path) -> None:
+    check_patterns(gemma[0], whole)
+    row = int(truth_of(whole).rows[5])
+    with actstore.open(whole) as store:
+        assert store.sites == ["pattern.0", "pattern.1", "z.1", "pattern.2"]
+        assert store["pattern.1"].width == 6 * CONTEXT
+        flat = store.sql("SELECT act('pattern.1', $row) AS vector", {"row": row}).rows()[0]["vector"]
+        np.testing.assert_array_equal(np.array(flat), store["pattern.1"][row])
 
 
 class Stopped(Exception):
     """Ends an extraction."""
 
 
-def test_a_resumed_extraction_has_the_same_bytes(tmp_path: Path) -> None:
+def test_a_resumed_extraction_has_the_same_bytes(gemma: tuple[Any, Path], tmp_path: Path) -> None:
     def stop(doing: str, done: float, _total: float | None, _unit: str) -> None:
         if doing == "extracting" and done >= 1:
             raise Stopped
 
     with pytest.raises(Stopped):
-        extract(case_model("gemma_2"), tmp_path / "a.act", report=stop)
-    assert extract(case_model("gemma_2"), tmp_path / "a.act").complete
-    extract(case_model("gemma_2"), tmp_path / "b.act")
-    assert hashes(tmp_path / "a.act", "arrays") == hashes(tmp_path / "b.act", "arrays")
+        extract(gemma[0], tmp_path / "a.act", report=stop)
+    assert extract(gemma[0], tmp_path / "a.act", with_index=False).complete
+    assert hashes(tmp_path / "a.act", "arrays") == hashes(gemma[1], "arrays")
     assert verify(tmp_path / "a.act").ok
 
 
-def test_attention_is_added_to_a_store_and_dropped_layer_by_layer(tmp_path: Path) -> None:
-    path, model = tmp_path / "a.act", case_model("gemma_2")
-    extract(model, path, attention_top=0, sites=["z.1"])
+def test_one_pattern_is_alive_at_a_time_and_a_split_batch_is_written_again(
+    gemma: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[weakref.ref[torch.Tensor]] = []
+    n_failed, keep = 0, AttentionBatch.keep
+
+    def watched(self: AttentionBatch, layer: int, pattern: torch.Tensor) -> None:
+        nonlocal n_failed
+        assert not any(one() is not None for one in met)
+        met.append(weakref.ref(pattern))
+        keep(self, layer, pattern if layer != 1 or n_failed else pattern * 0)  # what is half done must not stay
+        if layer == 1 and len(pattern) > 1 and n_failed < 2:
+            n_failed += 1
+            met.clear()  # the error's frames hold it
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(AttentionBatch, "keep", watched)
+    extract(gemma[0], tmp_path / "a.act", with_index=False)
+    found, expected = truth_of(tmp_path / "a.act"), truth_of(gemma[1])
+    assert n_failed == 2
+    for layer in range(3):
+        for name in ("weights", "offsets", "values"):
+            one, other = (truth.matrix(f"attention/{layer}/{name}") for truth in (found, expected))
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_is_added_to_a_store_and_dropped_layer_by_layer(
+    gemma: tuple[Any, Path], whole: Path, tmp_path: Path
+) -> None:
+    path = copied(whole, tmp_path)
     with actstore.open(path) as store:
         assert store.sql("FROM heads").rows() == []
         with pytest.raises(UnknownName, match=r"'1'.*--into STORE --attention-top K"):
             store.sql("SELECT edges(1, row) FROM tokens")
-    extract(model, path, texts=None, into=True)
-    check_store(model, path)
+    extract(gemma[0], path, texts=None, into=True)
+    added = hashes(path, "arrays/attention")
+    assert added == hashes(gemma[1], "arrays/attention") and len(added) > 9
+    with actstore.open(path) as two_steps, actstore.open(gemma[1]) as one:
+        for table in ("attention", "attention_rows", "heads"):
+            assert two_steps.sql(f"FROM {table} ORDER BY ALL").rows() == one.sql(f"FROM {table} ORDER BY ALL").rows()
     drop(path, "attention/1")
     with actstore.open(path) as store:
         assert {row["layer"] for row in store.sql("SELECT DISTINCT layer FROM attention").rows()} == {0, 2}
         with pytest.raises(UnknownName, match=r"layer of stored attention '1'.*0, 2"):
             store.sql("SELECT edges(1, row) FROM tokens")
     assert verify(path).ok
+    with pytest.raises(InvalidInput, match=r"attention/1 was made .* drop the other layers of attention too"):
+        extract(gemma[0], path, texts=None, into=True)
+    drop(path, "attention/0")
+    drop(path, "attention/2")
+    extract(gemma[0], path, texts=None, into=True, with_index=False)
+    assert hashes(path, "arrays/attention") == added
 
 
-def test_arrays_have_their_axes_and_open_in_zarr(tmp_path: Path) -> None:
-    extract(case_model("gemma_2"), tmp_path / "a.act")
-    arrays: Any = zarr.open_group(tmp_path / "a.act" / "arrays", mode="r")
+def test_arrays_have_their_axes_and_open_in_zarr(gemma: tuple[Any, Path]) -> None:
+    arrays: Any = zarr.open_group(gemma[1] / "arrays", mode="r")
     assert arrays["attention/2/weights"].metadata.dimension_names == ("row", "head", "k")
     assert arrays["attention/2/values"].metadata.dimension_names == ("row", "head", "field")
     assert arrays["attention/2/values"].attrs["columns"] == list(ATTENTION_VALUES)
     assert arrays["attention/2/offsets"].shape[1:] == (6, 3)
-    assert (tmp_path / "a.act/arrays/attention/0/weights/c.1.0.0").is_file()
+    assert (gemma[1] / "arrays/attention/0/weights/c.1.0.0").is_file()
 
 
-def test_ties_go_to_the_lower_key_and_zero_is_no_edge() -> None:
-    weights = torch.tensor([[[0.25, 0.0, 0.25, 0.5, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ties_go_to_the_lower_key_and_zero_is_no_edge(dtype: torch.dtype) -> None:
+    weights = torch.tensor([[[0.25, 0.0, 0.25, 0.5, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]], dtype=dtype)
     heaviest, keys = _heaviest(weights, 3)
     assert keys.tolist() == [[[3, 0, 2], [0, -1, -1]]]
     assert torch.equal(heaviest.nan_to_num(-1.0), torch.tensor([[[0.5, 0.25, 0.25], [1.0, -1.0, -1.0]]]))
@@ -222,16 +279,21 @@ def test_ties_go_to_the_lower_key_and_zero_is_no_edge() -> None:
     assert keys.tolist() == [[[0, -1, -1], [0, -1, -1]]]
 
 
-def test_equal_weights_of_a_flat_pattern_keep_the_first_keys(tmp_path: Path) -> None:
-    model = case_model("gpt_2")
-    with torch.no_grad():
-        model.transformer.h[1].attn.c_attn.weight[:, :48].zero_()
-        model.transformer.h[1].attn.c_attn.bias[:48].zero_()
-    extract(model, tmp_path / "a.act")
-    truth = truth_of(tmp_path / "a.act")
-    keys = truth.field("pos")[:, None, None] - truth.matrix("attention/1/offsets")
-    full = truth.field("pos") >= K - 1
-    assert (keys[full] == np.arange(K)).all()
+@pytest.mark.parametrize("n_keys", [1, 700, 1 << 16, (1 << 16) + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_heaviest_are_those_of_a_stable_sort(dtype: torch.dtype, n_keys: int) -> None:
+    random = torch.Generator().manual_seed(n_keys)
+    weights = torch.randn((2, 2, n_keys), generator=random).mul(3).softmax(-1).to(dtype)  # ties, in bfloat16
+    weights[0, 0, n_keys // 2 :] = torch.finfo(dtype).tiny / 4  # numbers below the smallest normal one count too
+    heaviest, keys = _heaviest(weights, n_keys)
+    expected = weights.float().sort(dim=-1, descending=True, stable=True)
+    assert heaviest.dtype == torch.float32 and torch.equal(heaviest, expected.values)
+    assert torch.equal(keys.long(), expected.indices)
+
+
+def test_what_is_not_a_number_is_no_edge() -> None:
+    heaviest, keys = _heaviest(torch.tensor([[[torch.nan, -torch.nan]]]), 2)
+    assert heaviest.isnan().all() and keys.tolist() == [[[-1, -1]]]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ __all__ = ["AttentionKeeper", "with_all_keys"]
 
 # Weights that are reduced at once: a function of the batch alone, never of free memory, so that results are not either.
 WEIGHTS_PER_BLOCK = 1 << 22
-KEY_BITS = 29  # of a float64's fraction that a float32 leaves free
+KEY_BITS = {"bfloat16": 16, "float32": 29}  # of a fraction that these leave free in a float32, and in a float64
 
 
 def with_all_keys(pattern: torch.Tensor, context: int) -> torch.Tensor:
@@ -109,9 +109,10 @@ class AttentionBatch:
         kept = self.keeper.layer(layer, pattern.shape[1])
         for first, places in self._blocks(pattern):
             sequence, position = places.T
-            weights = pattern[sequence, :, position].float()
+            computed = pattern[sequence, :, position]
             rows = self.rows[first : first + len(places)]
-            heaviest, keys = _heaviest(weights, self.keeper.k)
+            heaviest, keys = _heaviest(computed, self.keeper.k)
+            weights = computed.float()
             values = _values(weights, heaviest, position, self.after_the_same[sequence, position])
             kept.weights[rows] = heaviest.cpu().numpy()
             kept.offsets[rows] = _offsets(position, keys).cpu().numpy()
@@ -136,21 +137,26 @@ def _after_the_same(token_ids: torch.Tensor, special: torch.Tensor) -> torch.Ten
 
 
 def _heaviest(weights: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the k heaviest weights of each (row, head), NaN where there are fewer, and their keys, −1 there.
+    """Return the k heaviest weights of each (row, head), float32, NaN where there are fewer; and their keys, −1 there.
 
     Heaviest first, ties to the lower key; weights of 0 are none. The keys, counted from the last, go into the bits that
-    a float32 leaves free in a float64: so no two numbers are equal, and their order is that of weights, then of keys.
+    weights leave free in a number of twice their size, read as an integer: so no two are equal, and their order is that
+    of weights, which are not negative, then of keys.
     """
     import torch
 
     n_keys = weights.shape[-1]
-    bits = weights.double().view(torch.int64)
-    bits |= torch.arange(n_keys - 1, -1, -1, device=weights.device)
-    top = bits.view(torch.float64).topk(min(k, n_keys), dim=-1).values.view(torch.int64)
-    key_bits = (1 << KEY_BITS) - 1
-    heaviest = (top & ~key_bits).view(torch.float64).float()
+    is_narrow = weights.dtype == torch.bfloat16 and n_keys <= 1 << KEY_BITS["bfloat16"]
+    wide, word, name = (
+        (torch.float32, torch.int32, "bfloat16") if is_narrow else (torch.float64, torch.int64, "float32")
+    )
+    bits = weights.to(wide).view(word)  # a copy: it is wider
+    bits |= torch.arange(n_keys - 1, -1, -1, dtype=word, device=weights.device)
+    top = bits.topk(min(k, n_keys), dim=-1).values
+    of_keys = (1 << KEY_BITS[name]) - 1
+    heaviest = (top & ~of_keys).view(wide).float()
     none = ~(heaviest > 0)  # NaN is none
-    keys = (n_keys - 1 - (top & key_bits)).masked_fill(none, -1)
+    keys = (n_keys - 1 - (top & of_keys)).masked_fill(none, -1)
     heaviest = heaviest.masked_fill(none, torch.nan)
     missing = (0, k - heaviest.shape[-1])
     pad = torch.nn.functional.pad

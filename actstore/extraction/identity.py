@@ -201,6 +201,8 @@ def refuse_dropped(passing: PassWriter, again: str) -> None:
     """
     owned = passing.writer.layout.artifacts
     gone = [one for one in passing.made.artifacts if owned.get(one) != passing.pass_id]
+    if any(one.startswith("attention/") for one in gone):
+        again = f"drop the other layers of attention too, which one command makes together; then {again}"
     if gone:
         raise InvalidInput(
             explain(
