@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PARITY := .venv-saelens
+TOOLS := .venv-tools
 
-.PHONY: demo test quick lint types parity bench clean
+.PHONY: demo test quick lint types parity tools bench clean
 
 demo: $(STAMP)
 	$(BIN)/actstore demo demo.act
 
-test: lint types $(STAMP) parity
+test: lint types $(STAMP) parity tools
 	$(BIN)/pytest
 
 quick: lint types $(STAMP)
@@ -31,6 +32,14 @@ $(PARITY)/.installed: $(STAMP) constraints-saelens.txt tools/setup_saelens.sh
 	sh tools/setup_saelens.sh $(VENV) $(PARITY)
 	touch $@
 
+# Tools that people use with a store, each really opened, in an environment of their own.
+tools: $(TOOLS)/.installed
+	$(TOOLS)/bin/python -m pytest tests/tools
+
+$(TOOLS)/.installed: $(STAMP) constraints-tools.txt tools/setup_tools.sh
+	sh tools/setup_tools.sh $(VENV) $(TOOLS)
+	touch $@
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/query.py
@@ -42,4 +51,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) $(PARITY) build *.egg-info demo.act .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(PARITY) $(TOOLS) build *.egg-info demo.act .mypy_cache .ruff_cache .pytest_cache

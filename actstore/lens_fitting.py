@@ -54,13 +54,17 @@ def fit_lens(
     is the share of documents that nothing is fitted to; options are those of `actstore.lenses.fitting.FitOptions`.
     Deterministic in the seed on one machine. Raises MissingInput where the last resid_post is not stored,
     UnknownName for sites that are not, InvalidInput for one made by a pass with another kit or where too little is
-    stored.
+    stored, and for a folder that holds a lens.
     """
     import torch
 
     from .lenses.fitting import FitOptions, fit_translator
     from .models import unembedding_of
 
+    if (Path(out) / "params.safetensors").exists():
+        raise InvalidInput(
+            explain(f"There is a lens in {out} already", accepted="a new folder", next_step="choose another --out")
+        )
     settings = FitOptions(**options)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     chosen, final, digest = _sites(store, sites)

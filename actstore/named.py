@@ -6,13 +6,23 @@
     -- :k        integer = 20     how many
     SELECT …  $sae … $k
 
-A line `:name type [= default] text` declares a parameter; `:needs artifact text` what a store must have.
+A line `:name type [= default] text` declares a parameter; `:needs artifact text` what a store must have. Beside text,
+number, boolean, integer, count (an integer from 1) and sae, site, doc, feature (one that is stored) there are lists:
+
+    integers    [1, 2, 3, 8], or as text 1-3,8
+    texts       [" she", " he"], or as text " she| he"
+    documents   conditions that all hold: topic=sports & doc=0-99,200 & text=%goal%, or {"topic": "sports"}, or integers
+
+`doc` is a document's number, `text` a pattern of LIKE; any other key is one of the metadata, or its JSON path if it
+begins with $.
 """
 
 from __future__ import annotations
 
+import json
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -24,15 +34,22 @@ __all__ = ["NamedQuery", "Parameter", "load_queries", "named_query", "parse_quer
 
 _DECLARED = re.compile(r":(\w+)\s+(\w+)(?:\s*=\s*(\S+))?\s{2,}(.+)")
 _USED = re.compile(r"\$(\w+)")
+_MOST_INTEGERS = 100_000
+_SPAN = re.compile(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?")
+_SPANS = re.compile(r"[\d\s,-]+")
 _TYPES: dict[str, type] = {
     "text": str,
     "integer": int,
+    "count": int,
     "number": float,
     "boolean": bool,
     "sae": str,
     "site": str,
     "doc": int,
     "feature": int,
+    "integers": list,
+    "texts": list,
+    "documents": list,
 }
 
 
@@ -41,7 +58,7 @@ class Parameter:
     """A declared parameter; without a default it must be given."""
 
     name: str
-    kind: str  # "text", "integer", "number", "boolean", or "sae", "site", "doc", "feature": one that is stored
+    kind: str  # a key of _TYPES, as the module's text explains them
     default: Any
     required: bool
     help: str
@@ -51,23 +68,86 @@ class Parameter:
 
         Raises QueryError for a value of another type.
         """
-        wanted = _TYPES[self.kind]
         if value is None and not self.required:
             return None
         try:
-            if isinstance(value, bool) != (wanted is bool) and not isinstance(value, str):
+            read: Any = _LISTS[self.kind](value) if self.kind in _LISTS else _single(_TYPES[self.kind], value)
+            if self.kind == "count" and read < 1:
                 raise ValueError
-            if wanted is bool and isinstance(value, str):
-                return {"true": True, "false": False}[value.lower()]
-            if isinstance(value, float) and wanted is int and not value.is_integer():
-                raise ValueError
-            if wanted is str and not isinstance(value, str):
-                raise ValueError
-            return wanted(value)
+            return read
         except (ValueError, TypeError, KeyError):
-            raise QueryError(
-                explain(f"The parameter {self.name!r} is {value!r}", accepted=f"{self.kind}: {self.help}")
-            ) from None
+            accepted = f"{self.kind}{_SPELLED.get(self.kind, '')}: {self.help}"
+            raise QueryError(explain(f"The parameter {self.name!r} is {value!r}", accepted=accepted)) from None
+
+
+def _single(wanted: type, value: Any) -> Any:
+    if isinstance(value, bool) != (wanted is bool) and not isinstance(value, str):
+        raise ValueError
+    if wanted is bool and isinstance(value, str):
+        return {"true": True, "false": False}[value.lower()]
+    if isinstance(value, float) and wanted is int and not value.is_integer():
+        raise ValueError
+    if wanted is str and not isinstance(value, str):
+        raise ValueError
+    return wanted(value)
+
+
+def _texts(value: Any) -> list[str]:
+    texts = value.split("|") if isinstance(value, str) else list(value)
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError
+    return list(dict.fromkeys(texts))
+
+
+def _integers(value: Any) -> list[int]:
+    """Return the integers of '1-3,8', each once; a few characters must not become more than memory holds."""
+    spans = _spans(value)
+    if not spans or sum(last - first + 1 for first, last in spans) > _MOST_INTEGERS:
+        raise ValueError
+    return list(dict.fromkeys(number for first, last in spans for number in range(first, last + 1)))
+
+
+def _spans(value: Any) -> list[list[int]]:
+    """Return pairs of the first and the last integer, from text such as '1-3,8', one integer or several."""
+    if isinstance(value, str):
+        found = [_SPAN.fullmatch(part) for part in value.split(",")]
+        spans = [[int(one[1]), int(one[2] or one[1])] for one in found if one]
+        if len(spans) < len(found) or any(first > last for first, last in spans):
+            raise ValueError
+        return spans
+    numbers = list(value) if isinstance(value, Iterable) else [value]
+    if any(isinstance(number, bool) or number < 0 for number in numbers):
+        raise ValueError
+    return [[operator.index(number)] * 2 for number in numbers]
+
+
+def _documents(value: Any) -> list[dict[str, Any]]:
+    """Return conditions with `key`, `value` and, of the key `doc`, `spans`: what queries bind."""
+    if isinstance(value, str) and not _SPANS.fullmatch(value):
+        pairs = [tuple(map(str.strip, part.split("=", 1))) for part in value.split(" & ")]
+    else:
+        pairs = list(value.items() if isinstance(value, Mapping) else [("doc", value)])
+    if not pairs or any(len(pair) != 2 or not pair[0] for pair in pairs):
+        raise ValueError
+    return [_condition(*pair) for pair in pairs]
+
+
+def _condition(key: str, value: Any) -> dict[str, Any]:
+    spans = _spans(value) if key == "doc" else []
+    if (key == "doc" and not spans) or value is None:
+        raise ValueError
+    # Metadata are compared as JSON's ->> shows them.
+    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return {"key": key, "value": shown, "spans": spans}
+
+
+_LISTS: dict[str, Callable[[Any], list[Any]]] = {"integers": _integers, "texts": _texts, "documents": _documents}
+_SPELLED = {
+    "count": " from 1",
+    "integers": f" as 1-3,8, at most {_MOST_INTEGERS}",
+    "texts": " with | between",
+    "documents": " as topic=sports & doc=0-99,200 & text=%goal%",
+}
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pyarrow.compute as pc
 
 import actstore
 from actstore.errors import QueryError, explain
 from actstore.info import describe
 from actstore.named import load_queries
 from actstore.pictures import lens_grid
+from actstore.results import Result
 
 from .output import FORMATS, draw_result, json_option, plot_option, print_json, print_result, store_argument
 
@@ -130,9 +132,18 @@ def lens(
     if plot:
         draw_result(result, plot, first=first, last=last)
     elif as_json or k > 1:
-        print_result(result, _form(as_json))
+        print_result(_between(result, first, last), _form(as_json))
     else:
         click.echo(lens_grid(result, first=first, last=last))
+
+
+def _between(result: Result, first: int, last: int | None) -> Result:
+    """Return the lines of a lens whose positions are shown."""
+    position = result.table["pos"]
+    shown = pc.greater_equal(position, first)
+    if last is not None:
+        shown = pc.and_(shown, pc.less_equal(position, last))
+    return Result(result.table.filter(shown), result.truncated)
 
 
 @click.command()

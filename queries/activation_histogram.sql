@@ -1,14 +1,14 @@
--- How often a feature fires how strongly: 20 equal bins of (0, maximum].
+-- How a feature's activations are spread: its firings in twenty bins of equal width.
 --
--- Over plain rows; share is of the feature's firings.
+-- Over plain rows, exact. A bin holds activations from low to just below high, the last one the strongest too; share is
+-- that of the feature's firings. All bins are empty where the feature never fires.
 -- :sae      sae      the SAE's id
 -- :feature  feature  the feature
-WITH counted AS (
-    SELECT unnest(histogram) AS n_firings, generate_subscripts(histogram, 1) AS bin, max_activation::DOUBLE AS maximum,
-           n_firings AS n_all, len(histogram) AS n_bins
+WITH bins AS (
+    SELECT n_firings AS total, max_activation::DOUBLE / len(histogram) AS width, unnest(histogram) AS n_firings,
+           generate_subscripts(histogram, 1) AS bin
     FROM features WHERE sae = $sae AND feature = $feature
 )
-SELECT bin, maximum * (bin - 1) / n_bins AS above, maximum * bin / n_bins AS up_to, n_firings,
-       n_firings / nullif(n_all, 0) AS share
-FROM counted
+SELECT bin, (bin - 1) * width AS low, bin * width AS high, n_firings, n_firings / nullif(total, 0) AS share
+FROM bins
 ORDER BY bin;

@@ -1,16 +1,16 @@
 -- Which heads look from these tokens to those.
 --
--- Both sides are token texts with | between, such as ' she| he', or rows with commas between; without either, every
--- plain token looks and every token is looked at. mean_weight is the weight of a looking token on all of the looked-at
--- ones before it in its sequence (and on itself, where it is one of them), averaged over the n_rows looking tokens that
--- have any; what was not kept counts as 0. n_edges are the edges kept, max_weight the heaviest, example where it is.
--- Looking tokens are plain ones, unless rows are given.
--- :from_tokens  text = null       texts of the tokens that look
--- :to_tokens    text = null       texts of the tokens looked at
--- :from_rows    text = null       rows that look
--- :to_rows      text = null       rows looked at
+-- Each side is tokens by their texts, such as ' she| he', or rows; without either, every plain token looks and every
+-- token is looked at. mean_weight is the weight of a looking token on all of the looked-at ones before it in its
+-- sequence (and on itself, where it is one of them), averaged over the n_rows looking tokens that have any; what was
+-- not kept counts as 0. n_edges are the edges kept, max_weight the heaviest, example where it is. Special, template and
+-- repeated tokens do not look, unless their rows are given.
+-- :from_tokens  texts = null      texts of the tokens that look
+-- :to_tokens    texts = null      texts of the tokens looked at
+-- :from_rows    integers = null   rows that look
+-- :to_rows      integers = null   rows looked at
 -- :doc          doc = null        one document only
--- :k            integer = 10000   how many heads
+-- :k            count = 10000     how many heads
 -- :needs  heads  extract with --attention-top 8
 WITH place AS (
     SELECT row, seq, token_id, NOT (is_special OR is_template OR is_repeat) AS plain
@@ -18,14 +18,14 @@ WITH place AS (
 ),
 looking AS (
     SELECT row, seq FROM place
-    WHERE ($from_tokens IS NULL OR token_id IN (SELECT token_id(unnest(string_split($from_tokens, '|')))))
-      AND ($from_rows IS NULL OR list_contains(CAST(string_split($from_rows, ',') AS BIGINT[]), row))
+    WHERE ($from_tokens IS NULL OR token_id IN (SELECT token_id(unnest(CAST($from_tokens AS VARCHAR[])))))
+      AND ($from_rows IS NULL OR list_contains(CAST($from_rows AS BIGINT[]), row))
       AND (plain OR $from_rows IS NOT NULL)
 ),
 looked_at AS (
     SELECT row, seq FROM place
-    WHERE ($to_tokens IS NULL OR token_id IN (SELECT token_id(unnest(string_split($to_tokens, '|')))))
-      AND ($to_rows IS NULL OR list_contains(CAST(string_split($to_rows, ',') AS BIGINT[]), row))
+    WHERE ($to_tokens IS NULL OR token_id IN (SELECT token_id(unnest(CAST($to_tokens AS VARCHAR[])))))
+      AND ($to_rows IS NULL OR list_contains(CAST($to_rows AS BIGINT[]), row))
 ),
 able AS (
     SELECT row FROM looking l

@@ -1,31 +1,29 @@
--- What an SAE explains worst: its dark matter, by token, document or row.
+-- What an SAE explains worst: rows, tokens or documents with the largest part of their norm left unexplained.
 --
--- Over plain rows. unexplained = Σ‖x − x_hat‖² / Σ‖x‖² of the group; of a transcoder, x is what it should write.
--- groups of fewer than min_rows rows are left out. NULL keys are those of the other groupings.
--- :sae       sae             the SAE's id
--- :by        text = token    token, document or row
--- :min_rows  integer = 1     rows that a group has at least
--- :k         integer = 20    how many, worst first
-WITH asked AS (
-    SELECT CASE WHEN $by IN ('token', 'document', 'row') THEN $by
-                ELSE error('by is ' || $by || '; accepted: token, document or row') END AS unit
-),
-explained AS (
-    SELECT r.row, t.doc, t.token_id, r.l0, r.norm::DOUBLE ** 2 AS square, r.error_norm::DOUBLE ** 2 AS error
+-- Over plain rows. unexplained is the sum of squared errors over the sum of squared norms: 0 where the reconstruction
+-- is perfect, 1 where it says nothing. l0 is the mean number of features that fire, norm and error_norm are means;
+-- example shows the row that is explained worst.
+-- :sae       sae            the SAE's id
+-- :by        text = row     row, token or document
+-- :min_rows  count = 1      tokens or documents with at least so many rows
+-- :k         count = 20     how many
+WITH measured AS (
+    SELECT r.row, r.l0, r.norm::DOUBLE AS norm, r.error_norm::DOUBLE AS error_norm, t.doc, t.token_id, CASE $by
+        WHEN 'row' THEN r.row
+        WHEN 'token' THEN t.token_id
+        WHEN 'document' THEN t.doc
+        ELSE error('by is ' || $by || '; accepted: row, token, document')::BIGINT
+    END AS subject
     FROM reconstruction r JOIN tokens t USING (row)
-    WHERE r.sae = $sae AND NOT (t.is_special OR t.is_template OR t.is_repeat) AND r.error_norm IS NOT NULL
-),
-keyed AS (
-    SELECT e.*, CASE unit WHEN 'token' THEN e.token_id WHEN 'document' THEN e.doc ELSE e.row END AS key, unit
-    FROM explained e CROSS JOIN asked
+    WHERE r.sae = $sae AND r.norm > 0 AND NOT (t.is_special OR t.is_template OR t.is_repeat)
 ),
 worst AS (
-    SELECT unit, key, count(*) AS n_rows, sum(error) / sum(square) AS unexplained, avg(l0) AS mean_l0, min(row) AS first_row
-    FROM keyed GROUP BY unit, key HAVING count(*) >= $min_rows
-    ORDER BY unexplained DESC, key LIMIT $k
+    SELECT subject, sum(pow(error_norm, 2)) / sum(pow(norm, 2)) AS unexplained, avg(l0) AS l0, avg(norm) AS norm,
+           avg(error_norm) AS error_norm, count(*) AS n_rows, arg_max(row, (error_norm / norm, -row)) AS row
+    FROM measured GROUP BY subject HAVING count(*) >= $min_rows
+    ORDER BY unexplained DESC, subject LIMIT $k
 )
-SELECT w.unexplained, w.n_rows, w.mean_l0, t.token, CASE WHEN w.unit = 'token' THEN w.key END AS token_id,
-       CASE WHEN w.unit = 'document' THEN w.key WHEN w.unit = 'row' THEN t.doc END AS doc,
-       CASE WHEN w.unit = 'row' THEN w.key END AS row, snippet(w.first_row, 10, 10) AS example
-FROM worst w JOIN tokens t ON t.row = w.first_row
-ORDER BY w.unexplained DESC, w.key;
+SELECT w.unexplained, t.token, w.l0, w.norm, w.error_norm, w.n_rows, snippet(w.row, 10, 4) AS example, t.doc, t.pos,
+       w.row
+FROM worst w JOIN tokens t USING (row)
+ORDER BY w.unexplained DESC, w.subject;

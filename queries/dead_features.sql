@@ -1,13 +1,12 @@
--- The features of an SAE that never fire in this store, or hardly ever.
+-- The features of an SAE that never fire, or almost never.
 --
--- Over plain rows. n_found counts all such features, n_features the SAE's. A feature that is dead here may fire on
--- another text.
--- :sae          sae            the SAE's id
--- :max_firings  integer = 0    features with at most so many firings
--- :k            integer = 100  how many to list
-SELECT feature, n_firings, max_activation, label, count(*) OVER () AS n_found,
+-- Over plain rows of this store: another corpus may wake them. n_dead and n_features are of the whole SAE, as in
+-- feature_stats.
+-- :sae   sae          the SAE's id
+-- :most  integer = 0  with features that fire at most so often
+SELECT feature, n_firings, density, max_activation, label,
+       (SELECT count(*) FROM features WHERE sae = $sae AND n_firings = 0) AS n_dead,
        (SELECT count(*) FROM features WHERE sae = $sae) AS n_features
 FROM features
-WHERE sae = $sae AND n_firings <= $max_firings
-ORDER BY n_firings, feature
-LIMIT $k;
+WHERE sae = $sae AND n_firings <= $most
+ORDER BY n_firings, feature;

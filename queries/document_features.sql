@@ -4,7 +4,7 @@
 -- features are ordered by n_rows · ln(lift), so that neither one lucky firing nor an always-on feature leads.
 -- :doc  doc             the document
 -- :sae  sae             the SAE's id
--- :k    integer = 20    how many
+-- :k    count = 20      how many
 WITH place AS (
     SELECT row FROM tokens WHERE doc = $doc AND NOT (is_special OR is_template OR is_repeat)
 ),

@@ -4,7 +4,7 @@
 -- are of the whole SAE. Without a feature, the densest come first.
 -- :sae      sae               the SAE's id
 -- :feature  feature = null    one feature only
--- :k        integer = 20      how many features
+-- :k        count = 20        how many features
 SELECT feature, n_firings, density, max_activation, mean_activation, std_activation, p50, p90, p99, label,
        (SELECT count(*) FROM features WHERE sae = $sae AND n_firings = 0) AS n_dead,
        (SELECT count(*) FROM features WHERE sae = $sae) AS n_features

@@ -1,27 +1,29 @@
--- Which tokens a feature fires on, with the lift over how common they are.
+-- Which tokens a feature fires on, and how much likelier there than anywhere.
 --
--- Over plain rows. recall is the share of the feature's firings that are on this token, precision the share of the
--- token's rows on which it fires; lift = recall / the token's share of all rows: 1 is chance.
--- :sae          sae            the SAE's id
--- :feature      feature        the feature
--- :min_firings  integer = 2    tokens with fewer firings are left out
--- :k            integer = 20   how many, most firings first
-WITH plain AS (
-    SELECT row, token_id FROM tokens WHERE NOT (is_special OR is_template OR is_repeat)
+-- Over plain rows. share is that of the token's n_tokens occurrences on which the feature fires, lift is share over the
+-- feature's density, means are over firings. Ordered by n_firings · ln(lift), so that neither one lucky firing nor a
+-- frequent token leads; example shows the strongest firing.
+-- :sae      sae            the SAE's id
+-- :feature  feature        the feature
+-- :k        count = 20     how many tokens
+WITH fired AS (
+    SELECT t.token_id, count(*) AS n_firings, avg(a.activation::DOUBLE) AS mean_activation,
+           max(a.activation) AS max_activation, arg_max(a.row, (a.activation, -a.row)) AS row
+    FROM activations a JOIN tokens t USING (row)
+    WHERE a.sae = $sae AND a.feature = $feature AND NOT (t.is_special OR t.is_template OR t.is_repeat)
+    GROUP BY t.token_id
 ),
-fired AS (
-    SELECT p.token_id, count(*) AS n_firings, avg(a.activation::DOUBLE) AS mean_activation,
-           max(a.activation) AS max_activation
-    FROM activations a JOIN plain p USING (row)
-    WHERE a.sae = $sae AND a.feature = $feature
-    GROUP BY p.token_id
+met AS (
+    SELECT token_id, count(*) AS n_tokens FROM tokens
+    WHERE NOT (is_special OR is_template OR is_repeat) AND token_id IN (SELECT token_id FROM fired)
+    GROUP BY token_id
 ),
-common AS (SELECT token_id, count(*) AS n_rows FROM plain GROUP BY token_id),
-every AS (SELECT (SELECT sum(n_firings) FROM fired) AS n_firings, (SELECT count(*) FROM plain) AS n_rows)
-SELECT v.token, f.token_id, f.n_firings, c.n_rows, f.n_firings / e.n_firings AS recall,
-       f.n_firings / c.n_rows AS precision,
-       (f.n_firings / e.n_firings) / (c.n_rows / e.n_rows) AS lift, f.mean_activation, f.max_activation
-FROM fired f JOIN common c USING (token_id) JOIN vocabulary v USING (token_id) CROSS JOIN every e
-WHERE f.n_firings >= $min_firings
-ORDER BY f.n_firings DESC, f.token_id
-LIMIT $k;
+ranked AS (
+    SELECT f.*, m.n_tokens, f.n_firings / m.n_tokens AS share, f.n_firings / m.n_tokens / s.density AS lift
+    FROM fired f JOIN met m USING (token_id) JOIN features s ON s.sae = $sae AND s.feature = $feature
+    ORDER BY f.n_firings * ln(lift) DESC, f.token_id LIMIT $k
+)
+SELECT v.token, r.n_firings, r.n_tokens, r.share, r.lift, r.mean_activation, r.max_activation,
+       snippet(r.row, 5, 3) AS example, r.row, r.token_id
+FROM ranked r JOIN vocabulary v USING (token_id)
+ORDER BY r.n_firings * ln(r.lift) DESC, r.token_id;

@@ -5,7 +5,7 @@
 -- out unless asked for. Ties go by row, then by key_row. Edges lighter than --attention-min are not listed.
 -- :layer   integer          the layer
 -- :head    integer          the head
--- :k       integer = 20     how many
+-- :k       count = 20       how many
 -- :doc     doc = null       one document only
 -- :sink    boolean = false  with edges to the sequence's first row
 -- :itself  boolean = false  with edges of a token to itself
@@ -17,13 +17,15 @@ WITH strongest AS (
     WHERE a.layer = $layer AND a.head = $head AND ($doc IS NULL OR t.doc = $doc)
       AND NOT (t.is_special OR t.is_template OR t.is_repeat)
       AND ($sink OR k.pos > 0) AND ($itself OR k.row <> t.row)
-      AND CASE
-          WHEN EXISTS (SELECT 1 FROM heads WHERE layer = $layer AND head = $head) THEN true
-          ELSE error('no attention of layer ' || $layer || ', head ' || $head || ' is stored')::BOOLEAN
-      END
     ORDER BY a.weight DESC, a.row, a.key_row LIMIT $k
+),
+checked AS (
+    FROM strongest
+    UNION ALL BY NAME
+    SELECT error('no attention of layer ' || $layer || ', head ' || $head || ' is stored')::FLOAT AS weight
+    FROM (SELECT count(*) AS n_heads FROM heads WHERE layer = $layer AND head = $head) WHERE n_heads = 0
 )
 SELECT weight, token, key_token, pos - key_pos AS distance, snippet(row, $window, $window) AS example,
        snippet(key_row, $window, $window) AS key_example, doc, row, key_row
-FROM strongest
+FROM checked
 ORDER BY weight DESC, row, key_row;

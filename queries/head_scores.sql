@@ -5,7 +5,7 @@
 -- what followed earlier occurrences of the token. NULL where no row has the number.
 -- :layer  integer = null      one layer only
 -- :by     text = layer        layer (and head), or the score that orders, highest first
--- :k      integer = 10000     how many heads
+-- :k      count = 10000       how many heads
 -- :needs  heads  extract with --attention-top 8
 SELECT layer, head, entropy, previous_token, self_attention, bos_attention, induction
 FROM heads

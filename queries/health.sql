@@ -1,8 +1,9 @@
--- What was proved while the store was made, and what was not.
+-- What was proved about the stored numbers: every check, those that failed first.
 --
--- ok is NULL where something could not be proved, for want of rows say. What is not ok comes first.
--- :all  boolean = true  also what is ok
+-- A check says what was found and what was expected; ok is NULL where nothing was proved, for example by too few rows.
+-- :subject  text = *         whose checks: a site or SAE, as a pattern
+-- :bad      boolean = false  only checks that are not ok or not proved
 SELECT name, subject, value, expected, ok
 FROM health
-WHERE $all OR ok IS DISTINCT FROM true
-ORDER BY CASE WHEN ok THEN 2 WHEN ok IS NULL THEN 1 ELSE 0 END, name, subject;
+WHERE subject GLOB $subject AND NOT ($bad AND coalesce(ok, false))
+ORDER BY CASE WHEN ok THEN 2 WHEN ok IS NULL THEN 1 ELSE 0 END, subject, name, expected;

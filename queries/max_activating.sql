@@ -4,14 +4,14 @@
 -- the feature in that document. Special, template and repeated tokens are left out. Ties go by row.
 -- :sae           sae              the SAE's id
 -- :feature       feature          the feature
--- :k             integer = 20     how many
+-- :k             count = 20       how many
 -- :per_document  integer = 0      at most so many of one document; 0: no limit
 -- :before        integer = 10     tokens shown before
 -- :after         integer = 10     tokens shown after
 WITH firing AS (
     -- `examples` holds the strongest 100 of every feature: where they suffice, nothing else is read.
     SELECT row, activation FROM examples
-    WHERE sae = $sae AND feature = $feature AND $per_document = 0 AND $k <= 100
+    WHERE sae = $sae AND feature = $feature AND $per_document < 1 AND $k <= 100
     UNION ALL
     SELECT row, activation FROM activations
     WHERE sae = $sae AND feature = $feature AND ($per_document > 0 OR $k > 100)
@@ -25,7 +25,7 @@ placed AS (
 ),
 chosen AS (
     SELECT * FROM placed
-    WHERE $per_document = 0 OR place <= $per_document
+    WHERE $per_document < 1 OR place <= $per_document
     ORDER BY activation DESC, row LIMIT $k
 )
 SELECT activation, token, snippet(row, $before, $after) AS example, doc, pos, row,

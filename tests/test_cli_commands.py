@@ -171,6 +171,23 @@ def test_the_lens_is_a_picture(small: SmallStore) -> None:
     assert "resid_mid.3" in printed("lens", small.path, "--doc", 2, "--sites", "*")
 
 
+def test_the_lens_as_a_table_is_cut_to_the_positions_asked_for(small: SmallStore) -> None:
+    shown = json.loads(printed("lens", small.path, "--doc", 4, "-k", 2, "--first", 2, "--last", 3, "--json"))
+    assert {row["pos"] for row in (shown["rows"] if isinstance(shown, dict) else shown)} == {2, 3}
+
+
+def test_standard_input_is_read_once(tmp_path: Path) -> None:
+    store = tmp_path / "piped.act"
+    command = [str(EXECUTABLE), "extract", str(MODEL), "-", "--out", str(store)]
+    line = json.dumps({"text": "Nina likes tea."}) + "\n"
+    options = ["--site", "resid_post.1", "--no-predictions", "--device", "cpu"]
+    for text in (line, line):  # the second time it is compared with what is stored
+        done = subprocess.run([*command, *options], input=text, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    other = subprocess.run([*command, *options], input=line * 2, capture_output=True, text=True, check=False)
+    assert other.returncode == 1 and "another recipe" in other.stderr
+
+
 def test_queries_are_documented(small: SmallStore) -> None:
     listed = printed("queries")
     for name, query in load_queries().items():

@@ -91,6 +91,11 @@ def fitted(small: SmallStore, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return folder, found
 
 
+def test_a_lens_is_never_written_over(small: SmallStore, fitted: tuple[Path, list[FittedSite]]) -> None:
+    with small.open() as store, pytest.raises(InvalidInput, match=r"There is a lens in .* already"):
+        fit_lens(store, fitted[0], n_steps=1)
+
+
 # The equation and its sites
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from actstore.api import Store
@@ -89,11 +90,68 @@ def test_a_mistake_has_a_file_and_a_line(source: str, message: str) -> None:
         ("boolean", "TRUE", True),
         ("boolean", False, False),
         ("doc", "7", 7),
+        ("count", "1", 1),
     ],
 )
 def test_text_of_a_command_line_becomes_the_declared_type(kind: str, given: object, value: object) -> None:
     parsed = Parameter("p", kind, None, True, "help").parse(given)
     assert (parsed, type(parsed)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "value"),
+    [
+        pytest.param("integers", "1-3, 8,2", [1, 2, 3, 8], id="ranges"),
+        pytest.param("integers", 5, [5], id="one integer"),
+        pytest.param("integers", np.array([4, 4, 2]), [4, 2], id="an array"),
+        pytest.param("integers", range(3), [0, 1, 2], id="a range"),
+        pytest.param("texts", " she| he", [" she", " he"], id="texts"),
+        pytest.param("texts", ["|", "a", "a"], ["|", "a"], id="a list of texts"),
+        pytest.param("documents", "1-2,7", [("doc", "1-2,7", [[1, 2], [7, 7]])], id="documents by number"),
+        pytest.param("documents", 7, [("doc", "7", [[7, 7]])], id="one document"),
+        pytest.param("documents", "doc=3 & a = b=c ", [("doc", "3", [[3, 3]]), ("a", "b=c", [])], id="conditions"),
+        pytest.param("documents", {"a": " & ", "n": 3}, [("a", " & ", []), ("n", "3", [])], id="a mapping"),
+        pytest.param("documents", {"b": True}, [("b", "true", [])], id="as JSON has it"),
+    ],
+)
+def test_lists_are_read_from_text_or_python(kind: str, given: object, value: object) -> None:
+    parsed = Parameter("p", kind, None, True, "help").parse(given)
+    if kind == "documents":
+        parsed = [(one["key"], one["value"], one["spans"]) for one in parsed]
+    assert parsed == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("integers", ""),
+        ("integers", "1-"),
+        ("integers", "3-1"),
+        ("integers", "-1"),
+        ("integers", [1.5]),
+        ("integers", [True]),
+        ("integers", []),
+        pytest.param("integers", "0-99999999999", id="more than memory holds"),
+        ("texts", ""),
+        ("texts", "a||b"),
+        ("texts", [1]),
+        ("texts", 3),
+        ("documents", ""),
+        ("documents", "list"),
+        ("documents", "=list"),
+        ("documents", "kind=list & short"),
+        ("documents", "doc=one"),
+        ("documents", {}),
+        ("documents", {"kind": None}),
+        ("documents", [-1]),
+        ("documents", True),
+        ("count", 0),
+        ("count", "-3"),
+    ],
+)
+def test_what_cannot_be_a_list_is_refused_with_how_it_is_spelled(kind: str, given: object) -> None:
+    with pytest.raises(QueryError, match=rf"The parameter 'p' is .* Accepted: {kind} (as|with|from) .*: help"):
+        Parameter("p", kind, None, True, "help").parse(given)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,17 @@ def test_what_is_in_the_cache_needs_no_list(tmp_path: Path, monkeypatch: pytest.
         expand_sae_arguments(["own/repo/other"])
 
 
+def test_a_hub_out_of_reach_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    from httpx2 import ConnectError
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
+    with pytest.raises(MissingInput, match="could not be asked \\(ConnectError\\), and there is no such local path"):
+        expand_sae_arguments(["nowhere/at/all"])
+
+
 def test_an_sae_at_the_root_of_a_repository_is_named_by_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

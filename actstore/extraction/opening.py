@@ -81,12 +81,12 @@ class Opening:
 
     def recipe(self, writer: StoreWriter) -> Recipe:
         """Return the request's recipe, the corpus stored; raises RecipeMismatch where the store has another."""
-        request = self.request
-        if not writer.layout.segments:
+        request, is_new = self.request, not writer.layout.segments
+        if is_new:
             store_segment(writer, request, request.dataset, self.tokenizer, self.report)
         first, stored_max = writer.layout.segments[0], self._stored_max_tokens(0)
         digest, max_tokens = first.documents_digest, stored_max
-        if request.dataset is not None:
+        if request.dataset is not None and not is_new:  # standard input can be read once
             max_tokens = stored_max if request.append is not None else request.max_tokens
             digest = digest_of_dataset(
                 request, request.dataset, self.tokenizer, first.n_docs, cut=stored_max is not None

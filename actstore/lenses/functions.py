@@ -18,6 +18,7 @@ from .attribution import Prism
 from .columns import by_name, in_one, in_order, lists_of, ragged
 from .directions import Directions
 from .shares import ATTRIBUTION_TYPE
+from .significance import t_test_p
 from .snippets import snippets
 from .stored import firings_of_rows, vectors_of_rows
 from .unembed import Unembed
@@ -69,6 +70,7 @@ class Functions:
             ),
             SqlFunction("snippet", self.snippet, ("BIGINT", "INTEGER", "INTEGER"), "VARCHAR"),
             SqlFunction("token_id", self.token_id, ("VARCHAR",), "INTEGER"),
+            SqlFunction("t_test_p", t_test_p, ("DOUBLE", "DOUBLE"), "DOUBLE"),
         )
 
     def act(self, sites: pa.Array, rows: pa.Array) -> pa.Array:

@@ -18,6 +18,8 @@ class Asked:
     source: str = ""  # model and store, as people would name them
 
     def parameter(self, name: str) -> str:
-        """Return a parameter as text; empty where it was not given."""
+        """Return a parameter as text, a list with | between; empty where it was not given."""
         value = self.parameters.get(name)
+        if isinstance(value, (list, tuple)):
+            return "|".join(map(str, value))
         return "" if value is None else str(value)

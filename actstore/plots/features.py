@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,31 +11,58 @@ import numpy.typing as npt
 import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import Normalize
+from matplotlib.colors import PowerNorm
 
 from .asked import Asked
-from .sheet import DIM, INK_MAP, MARGIN, Picture, colour_key, glyphs, heat, label_axis, must_fit, new_picture, wide
+from .sheet import (
+    DIM,
+    INK_MAP,
+    MARGIN,
+    Picture,
+    colour_key,
+    glyphs,
+    heat,
+    label_axis,
+    must_fit,
+    new_picture,
+    shown_token,
+    wide,
+)
 from .text import one_line
 
-__all__ = ["activation_histogram", "feature_expression", "feature_ranges"]
+__all__ = ["activation_histogram", "feature_expression", "feature_ranges", "token_expression"]
 
 SIDE = 400  # documents or features of an expression matrix
-NAMED = 80  # of them with a name beside it
+NAMED = 128  # of them with a name beside it
 FEATURES = 100
+MEASURES = {"mean": "mean activation", "max": "highest activation", "share": "share of tokens"}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Activations (document or token, feature), and what its lines and columns are called."""
+
+    values: npt.NDArray[np.float64]
+    rows: Sequence[str]
+    features: Sequence[str]
 
 
 def activation_histogram(table: pa.Table, asked: Asked) -> Picture:
-    """Draw how often a feature fires how strongly: a bar for each bin (low, high], on a logarithmic scale of counts."""
+    """Draw how often a feature fires how strongly: a bar for each bin, on a logarithmic scale of counts.
+
+    Raises InvalidInput for a feature that never fires.
+    """
     low, high, n_firings = (table[name].to_numpy().astype(np.float64) for name in ("low", "high", "n_firings"))
+    must_fit(0 if n_firings.sum() else 1, 0, "features, none of which ever fires", "another feature")
     total = f"{int(n_firings.sum()):,} firings on plain tokens"
     title = f"How strongly feature {asked.parameter('feature')} fires"
     picture = new_picture(6.4, 3.3, title, (asked.parameter("sae"), total), asked)
     axes = picture.place(MARGIN + 0.6, MARGIN + 0.42, 5.6, 2.8)
-    colours = [INK_MAP(0.25 + 0.6 * share) for share in high / (high.max() or 1)]
+    colours = [INK_MAP(0.25 + 0.6 * share) for share in high / high.max()]
     axes.bar(low, n_firings, width=high - low, align="edge", color=colours, edgecolor="#ffffff", lw=0.8)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda count, _: f"{count:,g}")
-    axes.set(xlim=(0, float(high.max()) or 1), ylim=(0.6, max(float(n_firings.max()) * 1.6, 10)))
+    axes.set(xlim=(0, float(high.max())), ylim=(0.6, max(float(n_firings.max()) * 1.6, 10)))
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("activation", color=DIM)
     axes.set_ylabel("firings (log scale)", color=DIM)
@@ -70,56 +99,70 @@ def feature_ranges(table: pa.Table, asked: Asked) -> Picture:
 
 
 def feature_expression(table: pa.Table, asked: Asked) -> Picture:
-    """Draw a matrix of documents (or tokens) × features, both in the order of their clustering, with its trees.
+    """Draw a matrix of documents × features, both in the order of their clustering, with its trees.
 
-    Clustered by average linkage of Euclidean distances between square roots of activations. Raises InvalidInput for
-    more than 400 on a side.
+    Clustered by average linkage of Euclidean distances between square roots of activations, as they are shown. Raises
+    InvalidInput for more than 400 on a side.
     """
-    values, rows, features = _matrix(table)
-    n_rows, n_features = values.shape
-    must_fit(max(n_rows, n_features), SIDE, "documents or features on a side", "fewer of them: -p k=…")
-    down, across = _tree(np.sqrt(values)), _tree(np.sqrt(values.T))
-    values = values[down["leaves"]][:, across["leaves"]]
-    row_names, feature_names = (
-        [rows[place] for place in down["leaves"]],
-        [features[place] for place in across["leaves"]],
-    )
-    named = n_rows <= NAMED, n_features <= NAMED
+    matrix = _matrix(table, "doc", [str(doc) for doc in np.unique(table["doc"].to_numpy())])
+    unit = MEASURES.get(asked.parameter("measure"), "activation")
+    return _expression(matrix, "documents", unit, asked, cluster_rows=True)
+
+
+def token_expression(table: pa.Table, asked: Asked) -> Picture:
+    """Draw a matrix of tokens × features: tokens in the order of the text, features in the order of their clustering.
+
+    Clustered as in `feature_expression`. Raises InvalidInput for more than 400 on a side.
+    """
+    known = {one["row"]: one for one in table.select(["row", "pos", "token"]).to_pylist()}
+    matrix = _matrix(table, "row", [f"{shown_token(one['token'])}  {one['pos']}" for _, one in sorted(known.items())])
+    return _expression(matrix, "tokens", "activation", asked, cluster_rows=False)
+
+
+def _expression(matrix: Matrix, what: str, unit: str, asked: Asked, *, cluster_rows: bool) -> Picture:
+    down, across = _tree(np.sqrt(matrix.values)), _tree(np.sqrt(matrix.values.T))
+    if not cluster_rows:
+        down = {"leaves": list(range(len(matrix.rows))), "icoord": [], "dcoord": []}
+    values = matrix.values[down["leaves"]][:, across["leaves"]]
+    named = [side <= NAMED for side in values.shape]
+    row_names = [matrix.rows[place] for place in down["leaves"]] if named[0] else []
+    feature_names = [matrix.features[place] for place in across["leaves"]] if named[1] else []
     cells = [0.17 if one else max(0.015, 6.5 / n) for one, n in zip(named, values.shape, strict=True)]
-    width, height = max(n_features * cells[1], 1.2), max(n_rows * cells[0], 1.2)
-    tree = 0.55
-    right, bottom = 0.1 + (wide(row_names) if named[0] else 0.0), 0.3 + (wide(feature_names) if named[1] else 0.0)
-    what = "tokens" if "row" in table.column_names else "documents"
-    notes = (asked.parameter("sae"), f"{n_rows} {what} × {n_features} features, both clustered")
-    title = "Which features fire where"
-    picture = new_picture(tree + width + right + 0.8, tree + height + bottom, title, notes, asked)
-    left, low = MARGIN + tree, MARGIN + bottom
-    scale = Normalize(0, float(values.max()) or 1)
-    axes = picture.place(left, low, width, height)
-    heat(axes, values, scale, grid=max(cells) > 0.1 and min(cells) > 0.1)
+    height, width = (max(n * inch, 1.2) for n, inch in zip(values.shape, cells, strict=True))
+    left, right, bottom = 0.55 if cluster_rows else 0.1, 0.1 + wide(row_names), 0.3 + wide(feature_names)
+
+    n_rows, n_features = values.shape
+    order = "both clustered" if cluster_rows else "features clustered"
+    notes = (asked.parameter("sae"), f"{n_rows} {what} × {n_features} features, {order}")
+    picture = new_picture(left + width + right + 0.8, 0.55 + height + bottom, "Which features fire where", notes, asked)
+    left, bottom = left + MARGIN, bottom + MARGIN
+    scale = PowerNorm(0.5, 0, float(values.max()) or 1)
+    axes = picture.place(left, bottom, width, height)
+    heat(axes, values, scale, grid=min(cells) > 0.1)
     axes.yaxis.tick_right()
-    label_axis(axes, "y", range(n_rows) if named[0] else [], row_names if named[0] else [])
-    label_axis(axes, "x", range(n_features) if named[1] else [], feature_names if named[1] else [], rotation=90)
+    label_axis(axes, "y", range(len(row_names)), row_names)
+    label_axis(axes, "x", range(len(feature_names)), feature_names, rotation=90)
     axes.set_xlabel("feature", color=DIM)
-    _draw_tree(picture.place(left, low + height + 0.03, width, tree - 0.1), across, lying=False)
-    _draw_tree(picture.place(MARGIN, low, tree - 0.08, height), down, lying=True)
+    _draw_tree(picture.place(left, bottom + height + 0.03, width, 0.45), across, lying=False)
+    _draw_tree(picture.place(MARGIN, bottom, left - MARGIN - 0.08, height), down, lying=True)
     key = min(height, 2.0)
-    colour_key(picture, left + width + right + 0.1, low + height - key, key, scale, "activation")
+    colour_key(picture, left + width + right + 0.05, bottom + height - key, key, scale, f"{unit} (square-root scale)")
     return picture
 
 
 def _named(label: str | None) -> str:
-    return f"  {glyphs(one_line(label))[:40]}" if label else ""
+    return f"  {glyphs(one_line(label))[:30]}" if label else ""
 
 
-def _matrix(table: pa.Table) -> tuple[npt.NDArray[np.float64], list[str], list[str]]:
-    """Return the matrix (document or token, feature) with 0 where nothing fires, and the names of both sides."""
-    by = "row" if "row" in table.column_names else "doc"
-    rows, down = np.unique(table[by].to_numpy(), return_inverse=True)
+def _matrix(table: pa.Table, by: str, rows: Sequence[str]) -> Matrix:
+    """Return the matrix of a table in long form, its lines by the column `by`; 0 where nothing fires."""
+    numbers, down = np.unique(table[by].to_numpy(), return_inverse=True)
     features, across = np.unique(table["feature"].to_numpy(), return_inverse=True)
-    values = np.zeros((len(rows), len(features)))
+    must_fit(max(len(numbers), len(features)), SIDE, "lines or features on a side", "fewer: -p docs=doc=0-99, -p k=50")
+    values = np.zeros((len(numbers), len(features)))
     values[down, across] = table["activation"].cast(pa.float64()).fill_null(0).to_numpy()
-    return values, [str(row) for row in rows], [str(feature) for feature in features]
+    labels = {one["feature"]: one["label"] for one in table.select(["feature", "label"]).to_pylist()}
+    return Matrix(values, rows, [f"{feature}{_named(labels[feature])}" for feature in features.tolist()])
 
 
 def _tree(values: npt.NDArray[np.float64]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -117,7 +118,8 @@ def new_picture(width: float, height: float, title: str, notes: Iterable[str], a
     """Return a picture whose body is width × height inches, below a title, a note, and the store's name."""
     note = " · ".join(one for one in (*notes, asked.source) if one)
     needed = max(inches(title, TITLE_POINTS, bold=True), inches(glyphs(note), TEXT_POINTS)) + 2 * MARGIN
-    picture = Picture(figsize=(max(width + 2 * MARGIN, needed), height + HEAD + MARGIN), dpi=DPI, facecolor=PAPER)
+    across, up = (math.ceil(side * DPI) / DPI for side in (max(width + 2 * MARGIN, needed), height + HEAD + MARGIN))
+    picture = Picture(figsize=(across, up), dpi=DPI, facecolor=PAPER)
     top = picture.get_size_inches()[1] - MARGIN
     picture.write(MARGIN, top, glyphs(title), size=TITLE_POINTS, weight="bold", va="top")
     picture.write(MARGIN, top - 0.22, glyphs(note), size=TEXT_POINTS, color=DIM, va="top")

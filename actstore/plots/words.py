@@ -123,7 +123,8 @@ def concordance(table: pa.Table, asked: Asked) -> Picture:
     scale = Normalize(0, max(one["activation"] for one in rows) or 1)
     left = 0.77 + before
     width, height = left + inside + after + 0.85, EXAMPLE_INCHES * len(rows) + 0.22
-    title = f"What feature {asked.parameter('feature')} fires on most"
+    how = "most" if asked.query == "max_activating" else "from strong to weak"
+    title = f"What feature {asked.parameter('feature')} fires on {how}"
     picture = new_picture(width, height, title, (asked.parameter("sae"),), asked)
     axes = picture.place(MARGIN, MARGIN, width, height)
     axes.set(xlim=(0, width), ylim=(height - 0.22, -0.22))

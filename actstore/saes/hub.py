@@ -79,14 +79,23 @@ def _translated(repository: str, wanted: str) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise _out_of_reach(repository, wanted, error) from error
+    except Exception as error:
+        if not _is_of_the_wire(error):
+            raise
+        raise _out_of_reach(repository, wanted, error) from error
+
+
+def _is_of_the_wire(error: Exception) -> bool:
+    """Return whether the hub's HTTP library raised it: which one that is changes with huggingface_hub's version."""
+    return any(kind.__module__.partition(".")[0] in ("httpx", "httpx2", "requests") for kind in type(error).__mro__)
 
 
 def _out_of_reach(repository: str, wanted: str, error: Exception) -> MissingInput:
     return MissingInput(
         explain(
-            f"{wanted} of {repository} is not in the hub's cache, and the hub could not be asked "
-            f"({type(error).__name__})",
-            next_step="where there is a connection run `hf download` for it, or give a local folder; offline, "
-            "'canonical' and globs work on local folders only",
+            f"{wanted} of {repository} is not in the hub's cache, the hub could not be asked "
+            f"({type(error).__name__}), and there is no such local path",
+            next_step="check the spelling of a local path; where there is a connection run `hf download` for it, or "
+            "give a local folder; offline, 'canonical' and globs work on local folders only",
         )
     )
