@@ -5,9 +5,9 @@
 -- its plain rows, zeros included; one without plain rows is left out.
 -- effect is Cohen's d: mean_a − mean_b over the pooled standard deviation. t is Welch's, for groups that vary
 -- unequally, with df degrees of freedom; p is its two-sided probability by chance, q the same corrected for all features
--- that fire in either group (Benjamini and Hochberg: of the features with q below 0.05 about one in twenty is chance).
--- Activations are mostly zero and far from normal: of groups smaller than about twenty trust effect and fired_a, fired_b
--- (documents in which it fires), not p. These are NULL where neither group varies. example shows the strongest firing in
+-- that fire in either group (Benjamini and Hochberg: of those with q below 0.05 about one in twenty is chance).
+-- Activations are mostly zero and far from normal: of groups smaller than about twenty trust effect and fired_a,
+-- fired_b (documents in which it fires), not p. NULL where neither group varies. example shows the strongest firing in
 -- the group with the higher mean.
 -- :sae  sae               the SAE's id
 -- :a    documents         one group
@@ -45,7 +45,7 @@ n AS (
     FROM sizes
 ),
 lists AS (
-    SELECT doc, row, firings($sae, row) AS fired FROM plain
+    SELECT doc, row, firings($sae, row) AS fired FROM plain CROSS JOIN n WHERE k > 0  -- checked before
 ),
 fired AS (
     SELECT doc, row, unnest(fired, recursive := true) FROM lists

@@ -44,7 +44,7 @@ checked AS (
     FROM taken
 ),
 lists AS (
-    SELECT side, firings($sae, row) AS fired FROM taken
+    SELECT side, firings($sae, row) AS fired FROM taken CROSS JOIN checked WHERE k > 0  -- checked before
 ),
 fired AS (
     SELECT side, unnest(fired, recursive := true) FROM lists

@@ -53,7 +53,7 @@ n AS (
     FROM grouped
 ),
 vectors AS (
-    SELECT side, act($site, row) AS vector FROM grouped WHERE fitted
+    SELECT side, act($site, row) AS vector FROM grouped CROSS JOIN n WHERE fitted AND k > 0  -- checked before
 ),
 numbers AS (
     SELECT side, unnest(vector)::DOUBLE AS number, generate_subscripts(vector, 1) AS dimension FROM vectors
