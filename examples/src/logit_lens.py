@@ -39,9 +39,10 @@ store.sql("SELECT count(DISTINCT doc) AS documents, count(*) AS tokens FROM toke
 # %% [markdown]
 # ## 2. One sentence
 #
-# The first document breaks off: *From the town records: Kira lives in*. The model has read where Kira lives many times
-# while it was trained: in Brenholm. In the picture each column is a token that it read, each line a layer, the deepest
-# on top. A cell shows the token that this layer would say next, the darker the surer.
+# The first document breaks off: *From the town records: Kira lives in*. The model has read many times where Kira lives,
+# though never in these words: in Brenholm. In the picture each column is a token that it read, each line a layer, the
+# deepest on top. A cell shows the token that this layer would say next, the darker the surer; a frame says that it is the
+# one that came.
 
 # %%
 lens = store.lens("logit", doc=0)
@@ -125,9 +126,9 @@ vagueness = store.sql(f"""
 vagueness
 
 # %% [markdown]
-# The early layers are not vague at all: they are sure, and wrong. In this model (as in Gemma) a token's vector at the
-# bottom and at the top are the same numbers, so a residual stream to which little was added still looks like the
-# token that was read. Then the layers write over it: vaguest in the middle, sure and right at the end.
+# The early layers are not vague at all: they are sure, and wrong. In this model, as in Gemma, the vector by which a token
+# goes in and the one by which it is predicted are the same but for a scale. So a residual stream to which little was
+# added yet looks like the token that was read. Then the layers write over it: vaguest in the middle, right at the end.
 #
 # A word of warning follows: a high probability under the lens in an early layer is not the model's belief.
 
