@@ -12,5 +12,5 @@ packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("pu
     >"$packages/base.pth"
 grep -v '^torch==' constraints.txt >"$venv/constraints.txt"
 cat constraints-tools.txt >>"$venv/constraints.txt"
-"$venv/bin/pip" install --quiet --disable-pip-version-check -c "$venv/constraints.txt" scanpy jupysql marimo
+"$venv/bin/pip" install --quiet --disable-pip-version-check -c "$venv/constraints.txt" scanpy jupysql marimo ipython
 "$venv/bin/python" -c 'import actstore; from importlib.metadata import version; print(*(f"{name} {version(name)}" for name in ("scanpy", "jupysql", "marimo")))'
