@@ -15,7 +15,7 @@
 #
 # The texts are 150 roll calls: names in a row, most of which come again in the same order. `attention_top=8` keeps, for
 # every layer, head and token, the eight heaviest looks. That is far less than the whole pattern, whose size grows with
-# the square of the length, and holds nearly all of the weight. The sites are for the last question of this notebook.
+# the square of the length, and holds more than nine tenths of the weight. The sites are for the last question here.
 
 # %%
 import actstore
@@ -32,7 +32,7 @@ store = actstore.open("attention.act")
 store.sql("SELECT doc, text FROM documents WHERE doc IN (6, 7, 17)")
 
 # %% [markdown]
-# *With Gemma* these texts do as well: every language model learns to repeat. Layers and heads will be others; cells that
+# *With Gemma* these texts do as well: every language model learns to repeat. Layers and heads will be others; lines that
 # begin with `assert` check what is said here about the embedded model, so leave them out then.
 
 # %% [markdown]
@@ -64,6 +64,7 @@ print(
     f"{second_greta['weight']:.0%}"
 )
 assert (second_greta["token"], second_greta["key_token"]) == (" Greta", " Ivan")
+assert store.sql("SELECT avg(kept_weight) FROM attention_rows").scalar() > 0.9
 
 # %% [markdown]
 # ## 3. A score for every head

@@ -36,7 +36,7 @@ first, *_, last = store.saes
 store.sql("SELECT doc, metadata ->> 'length' AS length, text FROM documents WHERE doc IN (0, 2, 32)")
 
 # %% [markdown]
-# *With Gemma*, write some lists of your own. Cells that begin with `assert` check what is said here about the embedded
+# *With Gemma*, write some lists of your own. Lines that begin with `assert` check what is said here about the embedded
 # model; leave them out then.
 
 # %% [markdown]

@@ -34,7 +34,7 @@ store.sql("SELECT count(DISTINCT doc) AS documents, count(*) AS tokens FROM toke
 
 # %% [markdown]
 # *With Gemma*, give it texts of your own: a list of strings, or the name of a file. It has never heard of these people.
-# Cells that begin with `assert` check what is said here about the embedded model; leave them out then.
+# Lines that begin with `assert` check what is said here about the embedded model; leave them out then.
 
 # %% [markdown]
 # ## 2. One sentence

@@ -36,7 +36,7 @@ residual, attention = store.saes
 store.query("contents")
 
 # %% [markdown]
-# *With Gemma*, give it texts of your own, of as many kinds as you like to tell apart. Cells that begin with `assert`
+# *With Gemma*, give it texts of your own, of as many kinds as you like to tell apart. Lines that begin with `assert`
 # check what is said here about the embedded model; leave them out then.
 
 # %% [markdown]
