@@ -8,7 +8,8 @@ from typing import Any
 
 from .api import INDEX, Store
 from .blocks import artifact_of
-from .store import StoreReader, kit_file
+from .run_report import RunReport
+from .store import StoreReader, kit_file, run_reports
 
 __all__ = ["Description", "describe"]
 
@@ -26,16 +27,20 @@ class Description:
     n_bytes: Mapping[str, int]
     index: Mapping[str, Any] | None
     health: list[Mapping[str, Any]]
+    runs: Mapping[str, RunReport]  # how the last run of a pass went, where its journal is there
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
-        return dict(vars(self))
+        return {**vars(self), "runs": {name: run.to_json() for name, run in self.runs.items()}}
 
     def __str__(self) -> str:
         revision = f" @ {self.store['revision']}" if self.store["revision"] else ""
         lines = [f"{self.url}: {self.store['model']}{revision}, made {self.store['created']}"]
         lines.append("  " + ", ".join(f"{count} {name}" for name, count in self.corpus.items()))
-        lines += [f"pass {one['pass']}: {one['done']} of {one['total']} shards" for one in self.passes]
+        for one in self.passes:
+            lines.append(f"pass {one['pass']}: {one['done']} of {one['total']} shards")
+            if one["pass"] in self.runs:
+                lines.append(f"  last run: {self.runs[one['pass']]}")
         lines += [f"  {name:<44} {count / 1e6:10.1f} MB" for name, count in self.n_bytes.items()]
         if self.index:
             lines.append(
@@ -84,7 +89,13 @@ def describe(store: Store) -> Description:
         },
         index=_index(store) if indexed else None,
         health=list(tables["health"]),
+        runs=_runs(reader),
     )
+
+
+def _runs(reader: StoreReader) -> dict[str, RunReport]:
+    reports = {one: RunReport.from_json(body) for one, body in run_reports(reader.location).items()}
+    return {one: report for one, report in reports.items() if report is not None}
 
 
 def _artifact_bytes(reader: StoreReader) -> dict[str, int]:

@@ -92,14 +92,16 @@ def save_lens(store: Path, as_json: bool, no_index: bool, **options: Any) -> Non
 def print_outcome(outcome: Outcome, store: Path, as_json: bool) -> None:
     """Print how a pass went, and what is next."""
     if as_json:
-        print_json(vars(outcome))
+        report = None if outcome.report is None else outcome.report.to_json()
+        print_json({**vars(outcome), "report": report})
         return
-    speed = outcome.n_rows_made / outcome.seconds if outcome.seconds else 0
     state = "complete" if outcome.complete else "not complete: other processes are at work, or segments are missing"
     click.echo(
         f"Pass {outcome.pass_id} is {state}. Made {outcome.n_shards_made} shards, {outcome.n_rows_made} tokens "
-        f"in {outcome.seconds:.1f} s ({speed:.0f} tokens/s)."
+        f"in {outcome.seconds:.1f} s."
     )
+    if outcome.report is not None:
+        click.echo(str(outcome.report))
     if outcome.unfinished:
         click.echo(
             f"Other passes lack shards: {', '.join(outcome.unfinished)}. Run the commands that made them again "

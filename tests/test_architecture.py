@@ -12,7 +12,10 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "actstore").rglob("*.py"), *(ROOT / "cli").rglob("*.py"), *(ROOT / "queries").rglob("*.py")])
 
 # Each knows earlier ones.
-GROUND = ("errors", "progress", "settings", "health", "sealed", "sites", "blocks", "recipe", "tensors")
+GROUND = (
+    *("errors", "progress", "settings", "health", "sealed", "sites", "blocks", "recipe", "tensors"),
+    "run_report",
+)
 ROOMS = ("models", "saes", "corpus", "store", "index")
 FLOORS: dict[str, int] = {
     **dict.fromkeys(GROUND, 0),

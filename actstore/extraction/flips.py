@@ -72,7 +72,7 @@ def _is_same(one: SaeIdentity, other: SaeIdentity) -> bool:
 def _flips(encoder: ShardEncoder, one: Encoder, found: _Extracted) -> float:
     """Return how many firings are in one and not in the other, per 1,000 extracted ones; special rows left out."""
     shard = whole_shard(encoder.stored.reader, found.shard)
-    encoded = replace(encoder, encoders=[one]).run(shard).firings[one.identity.sae]
+    encoded = replace(encoder, encoders=[one]).start(shard)().firings[one.identity.sae]
     extracted = encoder.stored.reader.firings(found.sae, found.shard)
     here, there = (_places(firings, shard, one.identity.width) for firings in (encoded, extracted))
     return 1000 * len(np.setxor1d(here, there, assume_unique=True)) / max(1, len(there))

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from actstore.blocks import TokenShard
 from actstore.models import Unembedding, logits
 
+from .fetching import Coming, fetch
 from .tiles import with_filler
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LensRows", "PredictionRows", "as_matrices", "read_out", "read_out_shard", "targets_of"]
+__all__ = ["LensRows", "PredictionRows", "coming_matrices", "read_out", "read_out_shard", "targets_of"]
 
 # A function of the vocabulary alone, never of free memory, so that results are not either. A small vocabulary's block
 # stays in the processor's cache; a large one's has rows enough that reading the unembedding does not dominate.
@@ -72,12 +72,16 @@ def read_out_shard(
     return read_out(unembedding, final[:n_rows], {site: rows[:n_rows] for site, rows in sites.items()}, targets, k)
 
 
-def as_matrices(path: str, rows: PredictionRows | LensRows, shard_rows: int) -> dict[str, npt.NDArray[Any]]:
+def coming_matrices(path: str, rows: PredictionRows | LensRows, shard_rows: int) -> dict[str, Coming]:
     """Return a read-out as the matrices `path`/values and `path`/ids of a whole shard, filler included."""
     return {
-        f"{path}/values": with_filler(rows.values.cpu().numpy(), shard_rows, np.nan),
-        f"{path}/ids": with_filler(rows.ids.cpu().numpy(), shard_rows, -1),
+        f"{path}/values": _whole(fetch(rows.values), shard_rows, np.nan),
+        f"{path}/ids": _whole(fetch(rows.ids), shard_rows, -1),
     }
+
+
+def _whole(coming: Coming, shard_rows: int, filler: float) -> Coming:
+    return lambda: with_filler(coming(), shard_rows, filler)
 
 
 def read_out(

@@ -2,29 +2,32 @@
 
 A shard's residual streams stay on the device until all its batches have run; coders and lenses then read them in fixed
 tiles and blocks of rows. So what they make depends on neither the batches nor memory, and `encode` can repeat it later.
+Nothing here waits for the device: what it makes comes to the host beside the next shard's work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy.typing as npt
+import numpy as np
 
 from actstore.blocks import ShardBlock, TokenShard
 from actstore.models import LoadedModel
 from actstore.recipe import Recipe
 from actstore.saes import Encoder
 from actstore.sites import Site, parse_site
-from actstore.tensors import as_array
 
 from .attention import AttentionKeeper, with_all_keys
 from .batches import Batch, plan_batches
 from .devices import is_out_of_memory, provenance, too_large
-from .readout import as_matrices, read_out_shard
+from .fetching import Coming, fetch
+from .readout import coming_matrices, read_out_shard
 from .specs import stored_width
-from .tiles import encode_shard, sites_of
+from .stopwatch import Stopwatch
+from .tiles import finished_block, sites_of, start_encoding
 
 if TYPE_CHECKING:
     import torch
@@ -36,13 +39,17 @@ LESS_MEMORY = "use a shorter --context, fewer SAEs a pass, --dtype bfloat16, or 
 
 @dataclass
 class ShardRunner:
-    """Runs shards through one model, for one recipe; its buffers are made once and reused."""
+    """Runs shards through one model, for one recipe.
+
+    Each shard has its own buffers: whoever writes the shard before may still read that one's.
+    """
 
     model: LoadedModel
     encoders: Sequence[Encoder]
     recipe: Recipe
     shard_rows: int
     batch_tokens: int
+    watch: Stopwatch = field(default_factory=Stopwatch)
     _buffers: dict[Site, torch.Tensor] = field(default_factory=dict)
     _attention: AttentionKeeper | None = None  # of the shard that runs, where the recipe asks for attention
 
@@ -67,41 +74,41 @@ class ShardRunner:
         return "extracting"
 
     @property
-    def device_type(self) -> str:
-        """The type of device that the numbers come from."""
-        return self.model.device.type
+    def device(self) -> torch.device:
+        """The device that the numbers come from."""
+        return self.model.device
 
     @property
     def reads_out(self) -> bool:
         return self.recipe.predictions or bool(self.recipe.lens_sites)
 
-    def run(self, shard: TokenShard) -> ShardBlock:
-        """Return everything that the recipe makes of a shard.
+    def start(self, shard: TokenShard) -> Callable[[], ShardBlock]:
+        """Begin everything that the recipe makes of a shard; return what waits for it, in any thread.
 
         Raises InvalidInput where one sequence, or a tile of an SAE, does not fit the device's memory.
         """
         try:
-            return self._run(shard)
+            return self._start(shard)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             what = "The shard's rows and the SAEs or lenses that read them do not fit"
             raise too_large(what, error, LESS_MEMORY) from error
 
-    def _run(self, shard: TokenShard) -> ShardBlock:
+    def _start(self, shard: TokenShard) -> Callable[[], ShardBlock]:
+        self._buffers.clear()
         self._attention = AttentionKeeper(shard, self.recipe.attention_top) if self.recipe.attention_top else None
-        splits = self.capture(shard, self.captured())
-        matrices = {f"sites/{name}": self._stored(parse_site(name)) for name in self.recipe.sites}
-        firings = {}
-        for encoder in self.encoders:
-            sae = encoder.identity.sae
-            found = encode_shard(encoder, self._buffers, shard, self.recipe)
-            firings[sae], matrices[f"reconstruction/{sae}"] = found
-        if self.reads_out:
-            matrices |= self._read_out(shard)
-        if self._attention is not None:
-            matrices |= self._attention.matrices()
-        return ShardBlock(shard.shard, shard.n_rows, matrices, firings, self._provenance(splits))
+        with self.watch.measuring("forward", self.device):
+            splits = self.capture(shard, self.captured())
+        coming = {f"sites/{name}": self._stored(parse_site(name)) for name in self.recipe.sites}
+        with self.watch.measuring("encode", self.device):
+            firings = {
+                one.identity.sae: start_encoding(one, self._buffers, shard, self.recipe) for one in self.encoders
+            }
+        with self.watch.measuring("read-out", self.device):
+            coming |= self._read_out(shard) if self.reads_out else {}
+        attention = {} if self._attention is None else self._attention.matrices()
+        return partial(finished_block, shard, coming, firings, self._provenance(splits), attention)
 
     def capture(self, shard: TokenShard, sites: Iterable[Site]) -> list[dict[str, int]]:
         """Run all batches of a shard and keep these sites in the buffers; return how batches were split for memory."""
@@ -153,7 +160,7 @@ class ShardRunner:
         device = self.model.device
         mask = torch.from_numpy(batch.attention_mask).to(device)
         rows = torch.from_numpy(batch.rows).to(device)
-        real = mask.reshape(-1).nonzero()[:, 0]
+        real = torch.from_numpy(np.flatnonzero(batch.attention_mask)).to(device)  # asking the device would wait for it
         attention = None if self._attention is None else self._attention.of_batch(batch, device)
 
         def deposit(site: Site, values: torch.Tensor) -> None:
@@ -167,19 +174,18 @@ class ShardRunner:
 
         self.model.capture(torch.from_numpy(batch.token_ids).to(device), mask, sites, deposit)
 
-    def _stored(self, site: Site) -> npt.NDArray[Any]:
+    def _stored(self, site: Site) -> Coming:
         import torch
 
-        values = self._buffers[site].to(getattr(torch, self.recipe.storage_dtype))
-        return as_array(values).copy()  # the buffer is reused by the next shard
+        return fetch(self._buffers[site].to(getattr(torch, self.recipe.storage_dtype)))
 
-    def _read_out(self, shard: TokenShard) -> dict[str, npt.NDArray[Any]]:
+    def _read_out(self, shard: TokenShard) -> dict[str, Coming]:
         sites = {name: self._buffers[parse_site(name)] for name in self.recipe.lens_sites}
         final, unembedding = self._buffers[self.last_residual], self.model.unembedding()
         predictions, lenses = read_out_shard(unembedding, final, sites, shard, self.recipe.lens_k)
-        made = as_matrices("predictions", predictions, self.shard_rows) if self.recipe.predictions else {}
+        made = coming_matrices("predictions", predictions, self.shard_rows) if self.recipe.predictions else {}
         for site, rows in lenses.items():
-            made |= as_matrices(f"lens/{self.recipe.lens_name}/{site}", rows, self.shard_rows)
+            made |= coming_matrices(f"lens/{self.recipe.lens_name}/{site}", rows, self.shard_rows)
         return made
 
     def _provenance(self, splits: list[dict[str, int]]) -> dict[str, Any]:

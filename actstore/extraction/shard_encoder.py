@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
-import numpy.typing as npt
-
-from actstore.blocks import RowFirings, ShardBlock, TokenShard
+from actstore.blocks import ShardBlock, TokenShard
 from actstore.recipe import Recipe
 from actstore.saes import Encoder
 from actstore.sites import Site
 
 from .devices import is_out_of_memory, provenance, too_large
+from .stopwatch import Stopwatch
 from .stored import StoredSites
-from .tiles import encode_shard, sites_of
+from .tiles import Encoding, finished_block, sites_of, start_encoding
 
 if TYPE_CHECKING:
     import torch
@@ -30,36 +30,37 @@ class ShardEncoder:
     stored: StoredSites
     encoders: Sequence[Encoder]
     recipe: Recipe
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def doing(self) -> str:
         return "encoding"
 
     @property
-    def device_type(self) -> str:
-        return self.stored.device.type
+    def device(self) -> torch.device:
+        return self.stored.device
 
-    def run(self, shard: TokenShard) -> ShardBlock:
-        """Return the firings and reconstructions of a shard.
+    def start(self, shard: TokenShard) -> Callable[[], ShardBlock]:
+        """Begin the firings and reconstructions of a shard; return what waits for them.
 
         Raises InvalidInput where it does not fit the device's memory, CorruptStore where what is stored is damaged.
         """
         try:
-            return self._run(shard)
+            return self._start(shard)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             what = "The shard's rows and an SAE that reads them do not fit"
             raise too_large(what, error, "encode fewer SAEs at once, or on a device with more memory") from error
 
-    def _run(self, shard: TokenShard) -> ShardBlock:
-        matrices: dict[str, npt.NDArray[Any]] = {}
-        firings: dict[str, RowFirings] = {}
+    def _start(self, shard: TokenShard) -> Callable[[], ShardBlock]:
+        encodings: dict[str, Encoding] = {}
         rows: dict[Site, torch.Tensor] = {}
         for encoder in sorted(self.encoders, key=lambda one: sites_of(one)[0].depth):
-            wanted = sites_of(encoder)  # no others are kept: all together could be larger than the device
-            rows = {site: rows[site] if site in rows else self.stored.shard(site, shard.shard) for site in wanted}
-            sae = encoder.identity.sae
-            firings[sae], matrices[f"reconstruction/{sae}"] = encode_shard(encoder, rows, shard, self.recipe)
+            with self.watch.measuring("read", self.device):
+                wanted = sites_of(encoder)  # no others are kept: all together could be larger than the device
+                rows = {site: rows[site] if site in rows else self.stored.shard(site, shard.shard) for site in wanted}
+            with self.watch.measuring("encode", self.device):
+                encodings[encoder.identity.sae] = start_encoding(encoder, rows, shard, self.recipe)
         made = provenance(self.stored.device, compute_dtype=self.recipe.compute_dtype, tile_rows=self.recipe.tile_rows)
-        return ShardBlock(shard.shard, shard.n_rows, matrices, firings, made)
+        return partial(finished_block, shard, {}, encodings, made)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-import numpy.typing as npt
+from functools import partial
+from typing import TYPE_CHECKING
 
 from actstore.blocks import ShardBlock, TokenShard
 from actstore.models import Unembedding
@@ -14,8 +13,11 @@ from actstore.recipe import Recipe
 from actstore.sites import Site, parse_site
 
 from .devices import is_out_of_memory, provenance, too_large
-from .readout import as_matrices, read_out_shard
+from .fetching import Coming
+from .readout import coming_matrices, read_out_shard
+from .stopwatch import Stopwatch
 from .stored import StoredSites
+from .tiles import finished_block
 
 if TYPE_CHECKING:
     import torch
@@ -37,40 +39,46 @@ class ShardLens:
     final: Site  # the residual stream that the model's own distribution is computed from
     unembedding: Unembedding
     translators: Mapping[Site, Translate] = field(default_factory=dict)
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def doing(self) -> str:
         return "reading"
 
     @property
-    def device_type(self) -> str:
-        return self.stored.device.type
+    def device(self) -> torch.device:
+        return self.stored.device
 
-    def run(self, shard: TokenShard) -> ShardBlock:
-        """Return the lens' read-outs of a shard.
+    def start(self, shard: TokenShard) -> Callable[[], ShardBlock]:
+        """Begin the lens' read-outs of a shard; return what waits for them.
 
         Raises InvalidInput where it does not fit the device's memory, CorruptStore where what is stored is damaged.
         """
         try:
-            return self._run(shard)
+            return self._start(shard)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             what = "The shard's rows and the logits of a block of them do not fit"
             raise too_large(what, error, "use a device with more memory") from error
 
-    def _run(self, shard: TokenShard) -> ShardBlock:
-        final = self.stored.shard(self.final, shard.shard)
-        matrices: dict[str, npt.NDArray[Any]] = {}
+    def _start(self, shard: TokenShard) -> Callable[[], ShardBlock]:
+        final = self._read(self.final, shard.shard)
+        coming: dict[str, Coming] = {}
         for first in range(0, len(self.recipe.lens_sites), SITES_AT_ONCE):
             names = self.recipe.lens_sites[first : first + SITES_AT_ONCE]
-            sites = {name: self._translated(parse_site(name), shard.shard) for name in names}
-            _, lenses = read_out_shard(self.unembedding, final, sites, shard, self.recipe.lens_k)
-            for name, rows in lenses.items():
-                matrices |= as_matrices(f"lens/{self.recipe.lens_name}/{name}", rows, len(shard.values))
+            rows = {name: self._read(parse_site(name), shard.shard) for name in names}
+            with self.watch.measuring("read-out", self.device):
+                sites = {name: self._translated(parse_site(name), one) for name, one in rows.items()}
+                _, lenses = read_out_shard(self.unembedding, final, sites, shard, self.recipe.lens_k)
+            for name, one in lenses.items():
+                coming |= coming_matrices(f"lens/{self.recipe.lens_name}/{name}", one, len(shard.values))
         made = provenance(self.stored.device, compute_dtype=self.recipe.compute_dtype, tile_rows=self.recipe.tile_rows)
-        return ShardBlock(shard.shard, shard.n_rows, matrices, {}, made)
+        return partial(finished_block, shard, coming, {}, made)
 
-    def _translated(self, site: Site, shard: int) -> torch.Tensor:
-        rows = self.stored.shard(site, shard)
+    def _read(self, site: Site, shard: int) -> torch.Tensor:
+        with self.watch.measuring("read", self.device):
+            return self.stored.shard(site, shard)
+
+    def _translated(self, site: Site, rows: torch.Tensor) -> torch.Tensor:
         return self.translators[site](rows) if site in self.translators else rows

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from actstore.blocks import FLAG_SPECIAL, RowFirings, TokenShard
+from actstore.blocks import FLAG_SPECIAL, RowFirings, ShardBlock, TokenShard
 from actstore.recipe import Recipe
 from actstore.saes import Encoder, round_mantissa
 from actstore.sites import Site, parse_site
 
+from .fetching import Coming, fetch
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["encode_shard", "largest_tile", "sites_of", "with_filler"]
+__all__ = ["Encoding", "encode_shard", "finished_block", "largest_tile", "sites_of", "start_encoding", "with_filler"]
 
 TILE_ROWS = 1024
+
+Encoding = Callable[[], tuple[RowFirings, npt.NDArray[np.float32]]]
+"""Waits for a shard's firings and RECONSTRUCTION_VALUES, as `encode_shard` returns them."""
 
 
 def largest_tile(shard_rows: int) -> int:
@@ -40,6 +46,11 @@ def encode_shard(
     rows: (row, width) of the encoder's sites over the whole shard, on its device, NaN on filler. Returns the firings
     and RECONSTRUCTION_VALUES: float32 (row, 3), NaN on filler.
     """
+    return start_encoding(encoder, rows, shard, recipe)()
+
+
+def start_encoding(encoder: Encoder, rows: Mapping[Site, torch.Tensor], shard: TokenShard, recipe: Recipe) -> Encoding:
+    """Begin `encode_shard`; what is returned may wait for it in another thread."""
     import torch
 
     values, *targets = (rows[site] for site in sites_of(encoder))
@@ -51,21 +62,35 @@ def encode_shard(
         encoder.encode(*(one[first : first + recipe.tile_rows] for one in (values, valid, *targets)))
         for first in range(0, shard.n_rows, recipe.tile_rows)
     ]
-    return _joined(tiles, shard, recipe.activation_bits)
+    fields = ("counts", "features", "activations", "reconstruction")
+    coming = [fetch(torch.cat([getattr(tile, name) for tile in tiles])) for name in fields]
+    return partial(_finished, coming, shard, recipe.activation_bits)
 
 
-def _joined(tiles: Sequence[Any], shard: TokenShard, bits: int) -> tuple[RowFirings, npt.NDArray[np.float32]]:
+def _finished(coming: Sequence[Coming], shard: TokenShard, bits: int) -> tuple[RowFirings, npt.NDArray[np.float32]]:
     """Put encoded tiles together: CSR over the whole shard, and l0, norm, error_norm of every row."""
     shard_rows = len(shard.values)
-    counts = np.concatenate([tile.counts.cpu().numpy() for tile in tiles])[: shard.n_rows]
+    counts, features, activations, reconstruction = (one() for one in coming)
     indptr = np.zeros(shard_rows + 1, dtype=np.int64)
-    np.cumsum(counts, out=indptr[1 : len(counts) + 1])
-    indptr[len(counts) + 1 :] = indptr[len(counts)]
-    features = np.concatenate([tile.features.cpu().numpy() for tile in tiles])
-    activations = np.concatenate([tile.activations.cpu().numpy() for tile in tiles])
-    reconstruction = np.concatenate([tile.reconstruction.cpu().numpy() for tile in tiles])[: shard.n_rows]
+    np.cumsum(counts[: shard.n_rows], out=indptr[1 : shard.n_rows + 1])
+    indptr[shard.n_rows + 1 :] = indptr[shard.n_rows]
     firings = RowFirings(indptr, features, round_mantissa(activations, bits))
-    return firings, with_filler(reconstruction, shard_rows, np.nan)
+    return firings, with_filler(reconstruction[: shard.n_rows], shard_rows, np.nan)
+
+
+def finished_block(
+    shard: TokenShard,
+    coming: Mapping[str, Coming],
+    encodings: Mapping[str, Encoding],
+    provenance: Mapping[str, Any],
+    matrices: Mapping[str, npt.NDArray[Any]] | None = None,
+) -> ShardBlock:
+    """Wait for everything that was begun of a shard; `matrices` are here already."""
+    encoded = {sae: encoding() for sae, encoding in encodings.items()}
+    made = {path: one() for path, one in coming.items()} | dict(matrices or {})
+    made |= {f"reconstruction/{sae}": reconstruction for sae, (_, reconstruction) in encoded.items()}
+    firings = {sae: one for sae, (one, _) in encoded.items()}
+    return ShardBlock(shard.shard, shard.n_rows, made, firings, provenance)
 
 
 def with_filler(values: npt.NDArray[Any], shard_rows: int, filler: float) -> npt.NDArray[Any]:

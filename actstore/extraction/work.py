@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from actstore.blocks import ShardBlock, TokenShard
 from actstore.errors import InvalidInput, explain
 from actstore.progress import Report
+from actstore.run_report import RunReport, bound_of
 from actstore.store import Journal, PassWriter, StoreReader
 
-__all__ = ["Made", "Outcome", "ShardMaker", "run_pass", "whole_shard", "work_through"]
+from .memory import keep_freed_memory, peak_memory_bytes
+from .pipeline import Committed, Committer
+from .stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Outcome", "ShardMaker", "run_pass", "whole_shard"]
 
 WAIT_SECONDS = 0.5
 
@@ -27,11 +36,15 @@ class ShardMaker(Protocol):
         """What a report calls the work."""
 
     @property
-    def device_type(self) -> str:
-        """The type of device that the numbers come from."""
+    def device(self) -> torch.device:
+        """The device that the numbers come from."""
 
-    def run(self, shard: TokenShard) -> ShardBlock:
-        """Return everything that the pass makes of a shard."""
+    @property
+    def watch(self) -> Stopwatch:
+        """What measures the device's work."""
+
+    def start(self, shard: TokenShard) -> Callable[[], ShardBlock]:
+        """Begin everything that the pass makes of a shard; return what waits for it, in another thread."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,7 @@ class Outcome:
     """What a run did: the pass, the shards that this process made, and what is complete.
 
     `unfinished` are other passes of the store that lack shards, such as those of an appended segment.
+    `report` says how the run went; None where there was nothing to make.
     """
 
     pass_id: str
@@ -47,6 +61,7 @@ class Outcome:
     seconds: float
     complete: bool
     unfinished: tuple[str, ...] = ()
+    report: RunReport | None = None
 
 
 def run_pass(
@@ -54,91 +69,109 @@ def run_pass(
 ) -> Outcome:
     """Make what a pass still lacks, seal it where it is whole, and write down how it went.
 
-    Of all shards, or of those in `shards`: others cannot be made yet. Raises as `work_through`.
+    Of all shards, or of those in `shards`: others cannot be made yet.
+    Raises InvalidInput where the pass was begun on another type of device, unless `mixed`.
     """
-    started = time.monotonic()
-    journal = Journal(passing.root)
-    journal.write("begin", pass_id=passing.pass_id, device=maker.device_type)
+    keep_freed_memory()
+    reader = StoreReader(passing.root)
+    if not mixed:
+        _refuse_other_device(passing, reader, maker.device.type)
     makeable = range(passing.writer.layout.n_shards) if shards is None else shards
-    made = work_through(passing, StoreReader(passing.root), maker, makeable, mixed, journal, report)
-    seconds = time.monotonic() - started
-    complete = passing.seal()
-    journal.write(
-        "end", pass_id=passing.pass_id, n_shards=made.n_shards, n_rows=made.n_rows, seconds=seconds, complete=complete
+    run = _Run(passing, reader, maker, makeable, Journal(passing.root), report)
+    run.journal.write("begin", pass_id=passing.pass_id, device=maker.device.type)
+    run.through()
+    complete, went = passing.seal(), run.went()
+    run.journal.write(
+        "end",
+        pass_id=passing.pass_id,
+        n_shards=run.n_shards,
+        complete=complete,
+        report=None if went is None else went.to_json(),
     )
     others = tuple(one for one in passing.writer.layout.passes if one != passing.pass_id)
     unfinished = tuple(one for one in others if PassWriter(passing.writer, one).pending())
-    return Outcome(passing.pass_id, made.n_shards, made.n_rows, seconds, complete, unfinished)
+    return Outcome(passing.pass_id, run.n_shards, run.n_rows, run.seconds, complete, unfinished, went)
 
 
 @dataclass
-class Made:
-    """What this process made."""
+class _Run:
+    """This process' part of a pass."""
 
+    passing: PassWriter
+    reader: StoreReader
+    maker: ShardMaker
+    makeable: Collection[int]
+    journal: Journal
+    report: Report
     n_shards: int = 0
     n_rows: int = 0
+    n_bytes: int = 0
+    seconds: float = 0.0
+    written_seconds: float = 0.0
+    waited_seconds: float = 0.0  # for the shard before to be written
+    _done: int = 0  # shards, whoever made them, as far as this process has looked
+    _started: float = field(default_factory=time.perf_counter)
 
+    def through(self) -> None:
+        """Make every makeable shard that nobody has made, and wait for those that others are making."""
+        while pending := [shard for shard in self.passing.pending() if shard in self.makeable]:
+            self._tell(len(self.makeable) - len(pending))
+            before = self.n_shards
+            with Committer(self.passing, self._committed) as committer:
+                for shard in pending:
+                    self._make(shard, committer)
+            self.waited_seconds += committer.waited_seconds
+            if self.n_shards == before:
+                time.sleep(WAIT_SECONDS)  # others have claimed all that is left
+        self._tell(len(self.makeable))
+        self.seconds = time.perf_counter() - self._started
 
-def work_through(
-    passing: PassWriter,
-    reader: StoreReader,
-    maker: ShardMaker,
-    makeable: Collection[int],
-    mixed: bool,
-    journal: Journal,
-    report: Report,
-) -> Made:
-    """Make every makeable shard that nobody has made, and wait for those that others are making.
-
-    Raises InvalidInput where the pass was begun on another type of device, unless `mixed`.
-    """
-    made = Made()
-    if not mixed:
-        _refuse_other_device(passing, reader, maker.device_type)
-    n_shards = len(makeable)
-    while pending := [shard for shard in passing.pending() if shard in makeable]:
-        report(maker.doing, n_shards - len(pending), n_shards, "shards")
-        if not _round(passing, reader, maker, pending, made, journal, report, n_shards):
-            time.sleep(WAIT_SECONDS)  # others have claimed all that is left
-    report(maker.doing, n_shards, n_shards, "shards")
-    return made
-
-
-def _round(
-    passing: PassWriter,
-    reader: StoreReader,
-    maker: ShardMaker,
-    pending: list[int],
-    made: Made,
-    journal: Journal,
-    report: Report,
-    n_shards: int,
-) -> bool:
-    """Try each pending shard once; return whether this process made any."""
-    before = made.n_shards
-    for n_tried, shard in enumerate(pending, start=1):
-        claim = None if passing.has_receipt(shard) else passing.claim(shard)
+    def _make(self, shard: int, committer: Committer) -> None:
+        """Make a shard, unless somebody else has made it or is at it."""
+        claim = None if self.passing.has_receipt(shard) else self.passing.claim(shard)
         if claim is None:
-            continue
-        with claim:
-            if passing.has_receipt(shard):
-                continue
-            started = time.monotonic()
-            block = maker.run(whole_shard(reader, shard))
-            ran = time.monotonic()
-            passing.commit(block)
-        made.n_shards += 1
-        made.n_rows += block.n_rows
-        journal.write(
-            "shard",
-            pass_id=passing.pass_id,
-            shard=shard,
-            n_rows=block.n_rows,
-            run_seconds=ran - started,
-            write_seconds=time.monotonic() - ran,
+            return
+        with ExitStack() as held:
+            held.enter_context(claim)
+            if not self.passing.has_receipt(shard):
+                committer.commit(self.maker.start(whole_shard(self.reader, shard)), held.pop_all())
+
+    def _committed(self, done: Committed) -> None:
+        self.n_shards += 1
+        self.n_rows += done.n_rows
+        self.n_bytes += done.n_bytes
+        self.written_seconds += done.seconds
+        self.journal.write(
+            "shard", pass_id=self.passing.pass_id, shard=done.shard, n_rows=done.n_rows, write_seconds=done.seconds
         )
-        report(maker.doing, n_shards - len(pending) + n_tried, n_shards, "shards")
-    return made.n_shards > before
+        self._tell(self._done + 1)
+
+    def _tell(self, done: int) -> None:
+        self._done = done
+        self.report(self.maker.doing, done, len(self.makeable), "shards")
+
+    def went(self) -> RunReport | None:
+        """Return how it went; None where nothing was made."""
+        if not self.n_shards:
+            return None
+        work = self.maker.watch.seconds()
+        return RunReport(
+            n_rows=self.n_rows,
+            seconds=self.seconds,
+            work_seconds=work,
+            waited_share=max(0.0, 1 - sum(work.values()) / self.seconds),
+            written_seconds=self.written_seconds,
+            written_bytes=self.n_bytes,
+            peak_memory_bytes=peak_memory_bytes(),
+            peak_device_memory_bytes=_peak_device_memory(self.maker.device),
+            bound_by=bound_of(work, self.waited_seconds / self.seconds),
+        )
+
+
+def _peak_device_memory(device: torch.device) -> int | None:
+    import torch
+
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def whole_shard(reader: StoreReader, shard: int) -> TokenShard:

@@ -3,7 +3,7 @@
 from .bundle import decode_bundle, encode_bundle, open_bundle
 from .claims import exclusive, no_claims
 from .files import prove_and_write
-from .journal import Journal
+from .journal import Journal, run_reports
 from .kit import kit_file, open_piece, pack_texts, write_piece
 from .layout import FileProof, Layout, PassFile, StoreFile
 from .location import Location
@@ -33,6 +33,7 @@ __all__ = [
     "open_piece",
     "pack_texts",
     "prove_and_write",
+    "run_reports",
     "sweep_store",
     "verify_store",
     "write_piece",

@@ -6,14 +6,17 @@ import os
 import socket
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from actstore.sealed import seal, translate_full_disk
+from actstore.errors import CorruptStore
+from actstore.sealed import seal, translate_full_disk, unseal
 
 from .files import make_directory
+from .location import Location
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "run_reports"]
 
 
 class Journal:
@@ -29,3 +32,18 @@ class Journal:
         line = {"event": event, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), **facts}
         with translate_full_disk(self.path), self.path.open("ab") as file:
             file.write(seal(line))
+
+
+def run_reports(location: Location) -> dict[str, dict[str, Any]]:
+    """Return what the journal says of how each pass's last run went that made anything, by pass.
+
+    A line that is torn or not what was written says nothing: it is `verify` that reports it.
+    """
+    ends: dict[str, dict[str, Any]] = {}
+    for name in location.names("journal"):
+        for line in location.read(f"journal/{name}").splitlines(keepends=True):
+            with suppress(CorruptStore):
+                event = unseal(line, name)
+                if event.get("report") and event["time"] >= ends.get(event["pass_id"], event)["time"]:
+                    ends[event["pass_id"]] = event
+    return {pass_id: end["report"] for pass_id, end in ends.items()}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from actstore.blocks import Segment, ShardBlock, artifact_of
+import numpy.typing as npt
+
+from actstore.blocks import FiringsSpec, MatrixSpec, RowFirings, Segment, ShardBlock, artifact_of
 from actstore.errors import CorruptStore, explain
 from actstore.sealed import fsync_directory, read_sealed, write_sealed
 
@@ -28,6 +34,8 @@ from .layout import FileProof, PassFile
 from .writer import StoreWriter
 
 __all__ = ["PassWriter"]
+
+WRITERS = max(1, min(8, (os.cpu_count() or 1) // 2))  # files at once: the other cores belong to what makes the numbers
 
 
 class PassWriter:
@@ -59,12 +67,12 @@ class PassWriter:
         """Return the right to write a shard, or None while another living process has it."""
         return claim(self.root / CLAIMS / self.pass_id / f"{shard}.json", self.root)
 
-    def commit(self, block: ShardBlock) -> None:
-        """Write everything of one shard durably, then its receipt; call it with the claim held.
+    def commit(self, block: ShardBlock) -> int:
+        """Write everything of one shard durably, then its receipt; call it with the claim held. Return bytes written.
 
         Raises NoSpace where the disk is full; the shard then has no receipt and is made again later.
         """
-        files = self._write_matrices(block) | self._write_firings(block)
+        files = self._write(chain(self._matrix_jobs(block), self._firings_jobs(block)))
         receipt = {
             "pass": self.pass_id,
             "shard": block.shard,
@@ -75,29 +83,39 @@ class PassWriter:
         path = self.root / receipt_file(self.pass_id, block.shard)
         make_directory(path.parent)
         write_sealed(path, receipt)
+        return sum(proof.bytes for proof in files.values())
 
     def _owns(self, path: str) -> bool:
         """Return whether the pass still makes this: what was dropped may belong to another pass by now."""
         return self.writer.layout.artifacts.get(artifact_of(path)) == self.pass_id
 
-    def _write_matrices(self, block: ShardBlock) -> dict[str, FileProof]:
-        files = {}
-        shard_rows = self.writer.store.shard_rows
-        for spec in filter(lambda one: self._owns(one.path), self.made.matrices):
-            values = block.matrices[spec.path]
-            assert values.shape == (shard_rows, *spec.row_shape), (spec.path, values.shape)
-            name = matrix_file(spec.path, block.shard, len(spec.axes))
-            files[name] = prove_and_write(self.root, name, encode_shard(spec, values, shard_rows), [values])
-        return files
+    def _write(self, jobs: Iterable[Callable[[], tuple[str, FileProof]]]) -> dict[str, FileProof]:
+        """Write a shard's files, several at once where there are cores for it; raises what kept one from it."""
+        with ThreadPoolExecutor(WRITERS, thread_name_prefix="write") as pool:
+            running = [pool.submit(job) for job in jobs]
+            try:
+                return dict(one.result() for one in running)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
-    def _write_firings(self, block: ShardBlock) -> dict[str, FileProof]:
-        files = {}
+    def _matrix_jobs(self, block: ShardBlock) -> Iterator[Callable[[], tuple[str, FileProof]]]:
+        for spec in filter(lambda one: self._owns(one.path), self.made.matrices):
+            yield partial(self._write_matrix, spec, block.shard, block.matrices[spec.path])
+
+    def _write_matrix(self, spec: MatrixSpec, shard: int, values: npt.NDArray[Any]) -> tuple[str, FileProof]:
+        shard_rows = self.writer.store.shard_rows
+        assert values.shape == (shard_rows, *spec.row_shape), (spec.path, values.shape)
+        name = matrix_file(spec.path, shard, len(spec.axes))
+        return name, prove_and_write(self.root, name, encode_shard(spec, values, shard_rows), [values])
+
+    def _firings_jobs(self, block: ShardBlock) -> Iterator[Callable[[], tuple[str, FileProof]]]:
         for spec in filter(lambda one: self._owns(f"firings/{one.sae}"), self.made.firings):
-            firings = block.firings[spec.sae]
-            name = firings_file(spec.sae, block.shard)
-            values = firings_values(firings, spec.n_features)
-            files[name] = prove_and_write(self.root, name, encode_firings(spec, firings), values)
-        return files
+            yield partial(self._write_firings, spec, block.shard, block.firings[spec.sae])
+
+    def _write_firings(self, spec: FiringsSpec, shard: int, firings: RowFirings) -> tuple[str, FileProof]:
+        name, values = firings_file(spec.sae, shard), firings_values(firings, spec.n_features)
+        return name, prove_and_write(self.root, name, encode_firings(spec, firings), values)
 
     def seal(self) -> bool:
         """Seal every segment whose shards all have receipts; return whether the whole pass is complete."""
