@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shlex
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -9,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
-from .errors import InvalidInput, MissingInput, QueryError, UnknownName, explain, unknown_name
+from .errors import MissingInput, QueryError, UnknownName, explain, unknown_name
 from .index import Catalog, Connection, Part, load_catalog, open_index, plain_connection
 from .lenses import Functions
+from .matrices import Activations, SiteView
 from .named import named_query
 from .plots import Asked
 from .progress import Report, silent
@@ -22,8 +25,6 @@ from .store import StoreReader
 
 if TYPE_CHECKING:
     import duckdb
-    import scipy.sparse
-    import zarr
 
     from .exports import Exported
     from .loader import RowLoader
@@ -32,82 +33,6 @@ __all__ = ["Activations", "SiteView", "Store"]
 
 INDEX = "index"
 Parameters = Sequence[Any] | Mapping[str, Any] | None
-
-
-class SiteView:
-    """A stored site as rows of numbers: `store["resid_post.20"][rows]`."""
-
-    def __init__(self, functions: Functions, site: str) -> None:
-        self._functions = functions
-        self.site = site
-        self.zarr: zarr.Array[Any] = functions.reader.array(f"sites/{site}")
-        """The raw array (row, width) in its stored dtype, filler included."""
-
-    @property
-    def width(self) -> int:
-        return int(self.zarr.shape[1])
-
-    def __getitem__(self, rows: int | slice | npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Return these rows as float32: (row, width), or (width) for a single row.
-
-        A slice takes the rows in use that lie in it. Raises UnknownName for rows that do not exist or are filler.
-        """
-        numbers = _row_numbers(self._functions.reader, rows)
-        vectors = self._functions.vectors(self.site, np.atleast_1d(numbers))
-        return vectors[0] if numbers.ndim == 0 else vectors
-
-
-class Activations:
-    """The firings of one SAE, row-major: SciPy CSR matrices, a shard at a time."""
-
-    def __init__(self, reader: StoreReader, sae: str, n_features: int) -> None:
-        self._reader, self.sae, self.n_features = reader, sae, n_features
-
-    @property
-    def shards(self) -> list[int]:
-        """The shards that are stored."""
-        return list(self._reader.done(f"firings/{self.sae}"))
-
-    def shard(self, shard: int) -> scipy.sparse.csr_array[Any]:
-        """Return one shard as float32 CSR (row of the shard, feature); filler rows are empty."""
-        import scipy.sparse
-
-        one = self._reader.firings_cached(self.sae, shard)
-        shape = (one.n_rows, self.n_features)
-        return scipy.sparse.csr_array((one.activations, one.features.astype(np.int32), one.indptr), shape=shape)
-
-    def __getitem__(self, rows: int | slice | npt.ArrayLike) -> scipy.sparse.csr_array[Any]:
-        """Return these rows, in the order asked for, as float32 CSR (row, feature).
-
-        A slice takes the rows in use that lie in it. Raises UnknownName for rows that do not exist or are filler.
-        """
-        import scipy.sparse
-
-        numbers = np.atleast_1d(_row_numbers(self._reader, rows))
-        self._reader.token_column("seq", numbers)  # raises for a row that does not exist
-        shards, places = np.divmod(numbers, self._reader.shard_rows)
-        parts, orders = [], []
-        for shard in np.unique(shards):
-            orders.append(np.flatnonzero(shards == shard))
-            parts.append(self.shard(int(shard))[places[orders[-1]]])
-        if not parts:
-            return scipy.sparse.csr_array(np.zeros((0, self.n_features), dtype=np.float32))
-        order = np.argsort(np.concatenate(orders), kind="stable")
-        rows_of_shards = scipy.sparse.csr_matrix(scipy.sparse.vstack(parts, format="csr"))
-        return scipy.sparse.csr_array(rows_of_shards[order, :])
-
-
-def _row_numbers(reader: StoreReader, rows: int | slice | npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Return rows as int64 (row), or as a single number; a slice becomes the rows in use that lie in it."""
-    if isinstance(rows, slice):
-        wanted = np.arange(*rows.indices(reader.layout.n_shards * reader.shard_rows), dtype=np.int64)
-        shards, offsets = np.divmod(wanted, reader.shard_rows)
-        return wanted[offsets < reader.rows_used[shards]]
-    numbers = np.asarray(rows)
-    if numbers.ndim > 1 or not (np.issubdtype(numbers.dtype, np.integer) or numbers.size == 0):
-        what = f"Rows are numbers, not {numbers.dtype} of shape {numbers.shape}"
-        raise InvalidInput(explain(what, accepted="an integer, a list or vector of integers, or a slice"))
-    return numbers.astype(np.int64)
 
 
 class Store:
@@ -147,14 +72,16 @@ class Store:
         location = self.reader.location
         if not location.exists(f"{INDEX}/CURRENT"):
             raise MissingInput(
-                explain(f"{self.url} has no index yet", next_step=f"build it: actstore index {self.url}")
+                explain(f"{self.url} has no index yet", next_step=f"build it: actstore index {shlex.quote(self.url)}")
             )
         return load_catalog(lambda name: location.read(f"{INDEX}/{name}"))
 
     @cached_property
     def _connection(self) -> Connection:
         labels = self.reader.labels()
-        return open_index(self.catalog, self._locate, functions=self.functions.all(), labels=labels)
+        opened = open_index(self.catalog, self._locate, functions=self.functions.all(), labels=labels)
+        weakref.finalize(self, opened.close)  # else an error that is kept until the end makes DuckDB tell of leaks
+        return opened
 
     def _locate(self, name: str) -> Path:
         part: Part = next(one for one in self.catalog.parts if one.name == name)
@@ -175,31 +102,47 @@ class Store:
         """
         query = named_query(name)
         bound = query.bind(parameters or {})
-        for parameter in query.parameters:
-            if bound[parameter.name] is not None:
-                self._must_exist(parameter.kind, bound[parameter.name], bound.get("sae"))
         for table, remedy in query.needs:
             if not len(self.sql(f'SELECT 1 FROM "{table}" LIMIT 1')):
                 raise QueryError(explain(f"The query {name!r} reads {table}, which is empty here", next_step=remedy))
-        return replace(self.sql(query.sql, bound, limit=limit), asked=self._asked(name, bound))
+        for parameter in query.parameters:
+            if bound[parameter.name] is not None:
+                self._must_exist(parameter.kind, bound[parameter.name], bound.get("sae"))
+        statement, used = query.statement(bound)
+        return replace(self.sql(statement, used, limit=limit), asked=self._asked(name, bound))
 
     def _asked(self, query: str, parameters: Mapping[str, Any]) -> Asked:
         model = self.reader.store.model["identity"]["name"]
         return Asked(query, parameters, f"{model}, {self.url.rstrip('/').rpartition('/')[2]}")
 
     def _must_exist(self, kind: str, value: Any, sae: str | None = None) -> None:
-        """Raise UnknownName where a query is about an SAE, a feature of it, a site or a document that is not stored."""
+        """Raise UnknownName where a query is about what is not stored, with what is."""
         if kind == "feature" and sae is not None and not 0 <= value < self._width(sae):
             last = self._width(sae) - 1
             raise UnknownName(explain(f"There is no feature {value} of {sae}", accepted=f"0 to {last}"))
         if kind == "doc" and not 0 <= value < self.reader.layout.n_docs:
             last = self.reader.layout.n_docs - 1
             raise UnknownName(explain(f"There is no document {value}", accepted=f"documents 0 to {last}"))
+        if kind == "row":
+            self.reader.token_column("seq", np.array([min(max(value, -1), 1 << 62)]))  # raises where it is not there
+        if kind == "layer":
+            self._must_have_attention(value)
+        if kind == "head" and not 0 <= value < self.reader.store.model["facts"]["n_heads"]:
+            last = self.reader.store.model["facts"]["n_heads"] - 1
+            raise UnknownName(explain(f"There is no head {value}", accepted=f"heads 0 to {last}"))
         if kind in ("sae", "site"):
             known = self.sites if kind == "site" else self.saes
             if value not in known:
                 next_step = f"add it: actstore extract MODEL --into STORE --{kind} …"
                 raise unknown_name(f"stored {'SAE' if kind == 'sae' else 'site'}", value, known, next_step=next_step)
+
+    def _must_have_attention(self, layer: int) -> None:
+        homes = [one.partition("/") for one in self.reader.layout.artifacts]
+        known = {int(name) for home, _, name in homes if home == "attention"}
+        known |= {row["layer"] for row in self.reader.sites if row["kind"] == "pattern"}
+        if layer not in known:
+            next_step = "add it: actstore extract MODEL --into STORE --attention-top K"
+            raise unknown_name("layer of stored attention", str(layer), map(str, sorted(known)), next_step=next_step)
 
     def connect(self) -> duckdb.DuckDBPyConnection:
         """Return an ordinary DuckDB connection with the store's tables and functions, for tools that want one.
@@ -207,7 +150,9 @@ class Store:
         It is yours: it may read and write files. The store itself is attached read-only.
         """
         labels = self.reader.labels()
-        return plain_connection(self.catalog, self._locate, functions=self.functions.all(), labels=labels)
+        opened = plain_connection(self.catalog, self._locate, functions=self.functions.all(), labels=labels)
+        atexit.register(_close, weakref.ref(opened))
+        return opened
 
     def __getitem__(self, site: str) -> SiteView:
         self._must_exist("site", site)
@@ -292,3 +237,9 @@ class Store:
         for site in names:
             self._must_exist("site", site)
         return make_loader(self.reader, sites, batch_rows, seed, **options)
+
+
+def _close(connection: weakref.ref[duckdb.DuckDBPyConnection]) -> None:
+    """Close what was left open, as `Store._connection` is closed."""
+    if (opened := connection()) is not None:
+        opened.close()

@@ -37,6 +37,7 @@ __all__ = [
     "TokenShard",
     "artifact_of",
     "is_plain",
+    "scales_path",
 ]
 
 TOKEN_FIELDS = ("token_id", "seq", "pos", "char_start", "char_end", "flags", "role")
@@ -64,7 +65,14 @@ def artifact_of(path: str) -> str:
         return kind
     if kind in ("reconstruction", "firings"):
         return f"firings/{rest[0]}"
+    if kind == "scales":
+        return f"sites/{rest[0]}"
     return "/".join((kind, *rest[: 2 if kind == "lens" else 1]))
+
+
+def scales_path(path: str) -> str:
+    """Return where the scales of a quantised site lie: `sites/<site>` → `scales/<site>`."""
+    return f"scales/{path.removeprefix('sites/')}"
 
 
 def _refuse_path(name: str) -> None:
@@ -83,11 +91,12 @@ class MatrixSpec:
 
     path: str
     n_columns: int
-    dtype: str  # "float32", "bfloat16" or "int32"
+    dtype: str  # "float32", "bfloat16", "int8" or "int32"
     column_axis: str  # the second dimension's name
     columns: tuple[str, ...] = ()  # names of the columns where they have any
     per_column_chunks: bool = False  # each column compressed alone: for columns of unlike content
     n_heads: int | None = None
+    compressed: bool = True
 
     def __post_init__(self) -> None:
         _refuse_path(self.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class Description:
                 f"index {self.index['catalog']}: {self.index['n_parts']} parts, {self.index['n_shards']} shards"
             )
         else:
-            lines.append(f"no index yet: actstore index {self.url}")
+            lines.append(f"no index yet: actstore index {shlex.quote(self.url)}")
         return "\n".join([*lines, *self._health()])
 
     def _health(self) -> list[str]:

@@ -30,6 +30,9 @@ class Labels:
     n_empty: int = 0  # explanations without a description
 
 
+COLUMNS = frozenset({"sae", "feature", "label"})
+
+
 def read_labels(file: Path, saes: list[dict[str, Any]]) -> Labels:
     """Return the labels of a `.csv`, `.jsonl`, `.jsonl.gz` or `.json` for stored SAEs (rows of the table `saes`).
 
@@ -40,6 +43,7 @@ def read_labels(file: Path, saes: list[dict[str, Any]]) -> Labels:
     widths = {row["sae"]: int(row["width"]) for row in saes}
     sources = {row["neuronpedia_id"]: row["sae"] for row in saes if row["neuronpedia_id"]}
     found = Labels()
+    number = 0
     for number, row in _rows(file):
         where = f"{file}:{number}"
         if "modelId" in row:
@@ -49,6 +53,8 @@ def read_labels(file: Path, saes: list[dict[str, Any]]) -> Labels:
             if sae not in widths:
                 raise unknown_name("stored SAE", sae, widths, next_step=f"correct {where}")
             found.texts[sae, _feature(feature, sae, widths, where)] = text
+    if not number:
+        raise InvalidInput(explain(f"{file} has no row", accepted=ACCEPTED))
     return found
 
 
@@ -112,6 +118,9 @@ def _text(file: Path) -> io.TextIOWrapper:
 def _parsed(lines: io.TextIOWrapper, name: str) -> Iterator[tuple[int, Row]]:
     if name.endswith(".csv"):
         reader = csv.DictReader(lines)
+        header = reader.fieldnames or ()
+        if header and not COLUMNS.issubset(header) and "modelId" not in header:
+            raise InvalidInput(explain(f"{name}:1: the columns are {', '.join(header)}", accepted=ACCEPTED))
         yield from ((reader.line_num, dict(row)) for row in reader)
     elif name.endswith(".json"):
         yield from ((number, _row(one)) for number, one in enumerate(_listed(lines.read(), name), start=1))

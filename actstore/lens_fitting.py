@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .api import Store
-from .errors import InvalidInput, MissingInput, explain
+from .errors import InvalidInput, MissingInput, UnknownName, explain, unknown_name
 from .progress import Report, silent
 from .sites import Site, expand_sites, parse_site
 
@@ -65,6 +66,10 @@ def fit_lens(
         raise InvalidInput(
             explain(f"There is a lens in {out} already", accepted="a new folder", next_step="choose another --out")
         )
+    if not 0 < held_out < 1:
+        what = f"The share of documents that is held out is {held_out}"
+        accepted = "above 0 and below 1: some to fit to and some to measure on"
+        raise InvalidInput(explain(what, accepted=accepted, next_step="give --held-out 0.1"))
     settings = FitOptions(**options)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     chosen, final, digest = _sites(store, sites)
@@ -92,11 +97,11 @@ def _sites(store: Store, patterns: Sequence[str]) -> tuple[dict[int, Site], str,
         raise MissingInput(
             explain(
                 f"{final} is not stored, and the model's own distribution is computed from it",
-                next_step=f"actstore extract MODEL --into {store.url} --site {final}",
+                next_step=f"actstore extract MODEL --into {shlex.quote(store.url)} --site {final}",
             )
         )
     between = [site for site in stored if site.kind in ("resid_pre", "resid_post") and site != final]
-    named = ((translator_of(site, n_layers), site) for site in expand_sites(patterns, between))
+    named = ((translator_of(site, n_layers), site) for site in expand_sites(patterns, between, _not_fitted))
     chosen = {number: site for number, site in named if number is not None}
     digest = reader.kit_digest("unembedding", f"sites/{final}")
     for site in chosen.values():
@@ -104,6 +109,12 @@ def _sites(store: Store, patterns: Sequence[str]) -> tuple[dict[int, Site], str,
             what = f"{site} was stored by a pass with another unembedding than {final}, in another dtype for example"
             raise InvalidInput(explain(what, next_step="leave it out with --site"))
     return chosen, str(final), digest
+
+
+def _not_fitted(wanted: Site | str, available: Iterable[Site]) -> UnknownName:
+    """Return the error for a site that no translator is fitted to."""
+    next_step = "leave --site out to fit all of these, or store more of the residual stream"
+    return unknown_name("stored site that a lens is fitted to:", str(wanted), map(str, available), next_step=next_step)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def _maker(request: LensRequest, stored: StoredSites, lens: TunedLens | None) ->
         raise MissingInput(
             explain(
                 f"{final} is not stored, and the model's own distribution is computed from it",
-                next_step=f"actstore extract MODEL --into {request.store} --site {final}",
+                next_step=f"actstore extract MODEL --into {shlex.quote(str(request.store))} --site {final}",
             )
         )
     if request.k > facts["vocabulary_size"]:
@@ -142,7 +143,7 @@ def _sites(request: LensRequest, stored: StoredSites, lens: TunedLens | None, di
     raise InvalidInput(
         explain(
             f"Every stored site that the lens {request.lens_name} reads has it, in another way than was asked for",
-            next_step=f"drop one first: actstore drop {request.store} lens/{request.lens_name}/SITE",
+            next_step=f"drop one first: actstore drop {shlex.quote(str(request.store))} lens/{request.lens_name}/SITE",
         )
     )
 
@@ -208,7 +209,7 @@ def _prepare(request: LensRequest, writer: StoreWriter, maker: ShardLens, report
     passing = PassWriter(writer, pass_id) if pass_id in writer.layout.passes else None
     pending = passing.pending() if passing else range(writer.layout.n_shards)
     if passing and not pending:
-        refuse_dropped(passing, f"ask for it alone: actstore save-lens {writer.root} --site …")
+        refuse_dropped(passing, f"ask for it alone: actstore save-lens {shlex.quote(str(writer.root))} --site …")
         return
     made = PassFile(
         recipe=recipe.to_json(),

@@ -7,11 +7,20 @@
     SELECT …  $sae … $k
 
 A line `:name type [= default] text` declares a parameter; `:needs artifact text` what a store must have. Beside text,
-number, boolean, integer, count (an integer from 1) and sae, site, doc, feature (one that is stored) there are lists:
+number, boolean, integer, amount (an integer from 0), count (one from 1) and sae, site, doc, row, feature, layer, head
+(one that is stored) there are lists:
 
     integers    [1, 2, 3, 8], or as text 1-3,8
     texts       [" she", " he"], or as text " she| he"
     documents   conditions that all hold: topic=sports & doc=0-99,200 & text=%goal%, or {"topic": "sports"}, or integers
+
+A file may have several statements for the same question, each below a line that says up to which values it holds; the
+first that does is asked, and the last holds always:
+
+    -- :up-to k=100 per_document=0
+    SELECT … ;
+    -- :else
+    SELECT …
 
 `doc` is a document's number, `text` a pattern of LIKE; any other key is one of the metadata, or its JSON path if it
 begins with $.
@@ -24,7 +33,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
 
@@ -34,19 +43,24 @@ __all__ = ["NamedQuery", "Parameter", "load_queries", "named_query", "parse_quer
 
 _DECLARED = re.compile(r":(\w+)\s+(\w+)(?:\s*=\s*(\S+))?\s{2,}(.+)")
 _USED = re.compile(r"\$(\w+)")
+_CASE = re.compile(r"^-- :(?:up-to((?: \w+=\d+)+)|else)$", re.MULTILINE)
 _MOST_INTEGERS = 100_000
 _SPAN = re.compile(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?")
 _SPANS = re.compile(r"[\d\s,-]+")
 _TYPES: dict[str, type] = {
     "text": str,
     "integer": int,
+    "amount": int,
     "count": int,
     "number": float,
     "boolean": bool,
     "sae": str,
     "site": str,
     "doc": int,
+    "row": int,
     "feature": int,
+    "layer": int,
+    "head": int,
     "integers": list,
     "texts": list,
     "documents": list,
@@ -72,7 +86,7 @@ class Parameter:
             return None
         try:
             read: Any = _LISTS[self.kind](value) if self.kind in _LISTS else _single(_TYPES[self.kind], value)
-            if self.kind == "count" and read < 1:
+            if read < _LEAST.get(self.kind, read):
                 raise ValueError
             return read
         except (ValueError, TypeError, KeyError):
@@ -142,7 +156,9 @@ def _condition(key: str, value: Any) -> dict[str, Any]:
 
 
 _LISTS: dict[str, Callable[[Any], list[Any]]] = {"integers": _integers, "texts": _texts, "documents": _documents}
+_LEAST = {"amount": 0, "count": 1}
 _SPELLED = {
+    "amount": " from 0",
     "count": " from 1",
     "integers": f" as 1-3,8, at most {_MOST_INTEGERS}",
     "texts": " with | between",
@@ -160,6 +176,24 @@ class NamedQuery:
     parameters: tuple[Parameter, ...]
     needs: tuple[tuple[str, str], ...]  # (table that must have rows, what to do)
     sql: str
+
+    @cached_property
+    def _cases(self) -> list[tuple[dict[str, int], str]]:
+        """Statements, each with the largest values of parameters that it holds for."""
+        marks = list(_CASE.finditer(self.sql))
+        if not marks:
+            return [({}, self.sql)]
+        ends = [*(mark.start() for mark in marks[1:]), len(self.sql)]
+        limits = [[one.split("=") for one in (mark[1] or "").split()] for mark in marks]
+        return [
+            ({name: int(most) for name, most in said}, self.sql[mark.end() : end])
+            for said, mark, end in zip(limits, marks, ends, strict=True)
+        ]
+
+    def statement(self, bound: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return the statement that answers for these values of parameters, and those of them that it uses."""
+        sql = next(sql for limits, sql in self._cases if all(bound[name] <= most for name, most in limits.items()))
+        return sql, {name: bound[name] for name in _USED.findall(sql)}
 
     def bind(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the value of every parameter.
@@ -203,7 +237,9 @@ def parse_query(file: str, source: str) -> NamedQuery:
     Raises InvalidInput, naming file and line, for a parameter that is undeclared, unused or badly declared.
     """
     lines = source.splitlines()
-    n_comments = next((number for number, line in enumerate(lines) if not line.startswith("--")), len(lines))
+    n_comments = next(
+        (number for number, line in enumerate(lines) if not line.startswith("--") or _CASE.match(line)), len(lines)
+    )
     comments = [line[2:].strip() for line in lines[:n_comments]]
     sql = "\n".join(lines[n_comments:]).strip()
     declared, needs, prose = _declarations(file, comments)
@@ -242,9 +278,10 @@ def _parameter(name: str, kind: str, default: str | None, text: str) -> Paramete
 
 
 def _check_use(file: str, declared: list[Parameter], sql: str, lines: list[str]) -> None:
-    names, used = {one.name for one in declared}, set(_USED.findall(sql))
+    limited = set(re.findall(r"(\w+)=", " ".join(_CASE.findall(sql))))
+    names, used = {one.name for one in declared}, set(_USED.findall(sql)) | limited
     for name in sorted(names ^ used):
-        mark = re.compile(rf"\${name}\b" if name in used else rf"--\s*:{name}\b")
+        mark = re.compile(rf"\${name}\b|^-- :up-to.* {name}=" if name in used else rf"--\s*:{name}\b")
         number = next(n for n, line in enumerate(lines, start=1) if mark.search(line))
         what = "is used and not declared" if name in used else "is declared and not used"
         raise InvalidInput(explain(f"{file}:{number}: the parameter {name!r} {what}"))

@@ -12,6 +12,9 @@ from .sealed import digest_of
 __all__ = [
     "COMPUTE_DTYPES",
     "NOTHING_ASKED",
+    "QUANTISED",
+    "SAE_PRECISIONS",
+    "STORAGE_DTYPES",
     "CorpusIdentity",
     "ModelIdentity",
     "Recipe",
@@ -21,6 +24,9 @@ __all__ = [
 ]
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
+QUANTISED = "int8"
+STORAGE_DTYPES = (*COMPUTE_DTYPES, QUANTISED)
+SAE_PRECISIONS = ("float32", "screen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +104,19 @@ class Recipe:
     sources: tuple[SourceIdentity, ...] = ()  # stored sites that are read; none: the model ran
     lens_name: str = "logit"
     lens_digest: str | None = None  # of a tuned lens: sha256 over all that changes its numbers
+    sae_precision: str = "float32"  # or "screen": what fires is decided near its threshold in float64
 
     def __post_init__(self) -> None:
-        for name, value in (("compute", self.compute_dtype), ("storage", self.storage_dtype)):
-            if value not in COMPUTE_DTYPES:
-                accepted = ", ".join(COMPUTE_DTYPES)
-                raise InvalidInput(explain(f"The {name} dtype {value!r} is not known", accepted=accepted))
-        if not (self.sites or self.saes or self.lens_sites or self.attention_top):
+        for name, value, known in (
+            ("compute", self.compute_dtype, COMPUTE_DTYPES),
+            ("storage", self.storage_dtype, STORAGE_DTYPES),
+        ):
+            if value not in known:
+                raise InvalidInput(explain(f"The {name} dtype {value!r} is not known", accepted=", ".join(known)))
+        if self.sae_precision not in SAE_PRECISIONS:
+            what = f"The precision {self.sae_precision!r} of SAEs is not known"
+            raise InvalidInput(explain(what, accepted=", ".join(SAE_PRECISIONS)))
+        if not (self.sites or self.saes or self.lens_sites or self.attention_top or self.predictions):
             raise InvalidInput(NOTHING_ASKED)
         refuse_same_ids([coder.sae for coder in self.saes])
 
@@ -157,7 +169,7 @@ def refuse_same_ids(ids: Sequence[str]) -> None:
 
 _LATER = {
     SaeIdentity: ("write_site", "truncated_to"),
-    Recipe: ("attention_top", "attention_min", "sources", "lens_name", "lens_digest"),
+    Recipe: ("attention_top", "attention_min", "sources", "lens_name", "lens_digest", "sae_precision"),
 }
 
 
@@ -180,7 +192,7 @@ def _flat(body: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {key: value for key, value in body.items() if key not in nested | {"saes"}}
 
 
-NOTHING_ASKED = """Nothing was asked for: give at least one site, SAE, lens or --attention-top. For example:
+NOTHING_ASKED = """Nothing was asked for: give a site, an SAE, a lens, --attention-top or --predictions. For example:
   actstore extract MODEL DATASET --out STORE --site 'resid_post.*'
   actstore extract MODEL DATASET --out STORE --sae google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71
   actstore extract MODEL DATASET --out STORE --lens 5"""

@@ -9,7 +9,7 @@ import click
 import pyarrow.compute as pc
 
 import actstore
-from actstore.errors import QueryError, explain
+from actstore.errors import InvalidInput, QueryError, explain
 from actstore.info import describe
 from actstore.named import load_queries
 from actstore.pictures import lens_grid
@@ -20,13 +20,25 @@ from .output import FORMATS, draw_result, json_option, plot_option, print_json, 
 __all__ = ["info", "lens", "queries", "query", "sql", "stats", "top"]
 
 format_option = click.option(
-    "--format", "form", type=click.Choice(FORMATS), default="table", show_default=True, help="How rows are printed."
+    "--format", "form", type=click.Choice(FORMATS), help="How rows are printed [as --output ends, else table]."
 )
 output_option = click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write to a file.")
 
 
-def _form(as_json: bool, form: str = "table") -> str:
-    return "json" if as_json else form
+SUFFIXES = {".txt": "table", **{f".{form}": form for form in FORMATS if form != "table"}}
+
+
+def _form(as_json: bool, form: str | None = None, output: Path | None = None) -> str:
+    """Return the format that is asked for: said, or by the ending of the file.
+
+    Raises InvalidInput for an ending that says none.
+    """
+    if as_json or form or output is None:
+        return "json" if as_json else form or "table"
+    if output.suffix not in SUFFIXES:
+        what = f"The ending of {output} does not say a format"
+        raise InvalidInput(explain(what, accepted=", ".join(SUFFIXES), next_step="or add --format"))
+    return SUFFIXES[output.suffix]
 
 
 @click.command()
@@ -36,10 +48,11 @@ def _form(as_json: bool, form: str = "table") -> str:
 @output_option
 @click.option("--limit", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows at most.")
 @json_option
-def sql(store: str, statement: str, form: str, output: Path | None, limit: int, as_json: bool) -> None:
+def sql(store: str, statement: str, form: str | None, output: Path | None, limit: int, as_json: bool) -> None:
     """Ask STORE one SQL question; `SHOW TABLES` lists what there is to ask."""
+    form = _form(as_json, form, output)
     with actstore.open(store) as opened:
-        print_result(opened.sql(statement, limit=limit), _form(as_json, form), output)
+        print_result(opened.sql(statement, limit=limit), form, output)
 
 
 @click.command()
@@ -57,7 +70,7 @@ def query(
     store: str,
     name: str,
     given: tuple[str, ...],
-    form: str,
+    form: str | None,
     output: Path | None,
     limit: int | None,
     plot: Path | None,
@@ -66,12 +79,13 @@ def query(
     as_json: bool,
 ) -> None:
     """Ask STORE a named query; `actstore queries` lists them with their parameters."""
+    form = _form(as_json, form, output)
     with actstore.open(store) as opened:
         result = opened.query(name, _parameters(given), limit=limit or (1_000_000 if plot else 10_000))
     if plot:
         draw_result(result, plot, first=first, last=last)
     else:
-        print_result(result, _form(as_json, form), output)
+        print_result(result, form, output)
 
 
 def _parameters(given: tuple[str, ...]) -> dict[str, str]:
@@ -129,12 +143,22 @@ def lens(
     with actstore.open(store) as opened:
         kind = "tuned" if tuned else "logit"
         result = opened.lens(kind, doc=doc, k=k, sites=sites, folder=tuned, allow_pt=allow_pt)
+    _must_show(result, doc, first, last)
     if plot:
         draw_result(result, plot, first=first, last=last)
     elif as_json or k > 1:
         print_result(_between(result, first, last), _form(as_json))
     else:
         click.echo(lens_grid(result, first=first, last=last))
+
+
+def _must_show(result: Result, doc: int, first: int, last: int | None) -> None:
+    """Raise QueryError where a lens has lines and none is at the positions that are asked for."""
+    if len(result) and not len(_between(result, first, last)):
+        end = pc.max(result.table["pos"]).as_py()
+        asked = f"from {first}" if last is None else f"from {first} to {last}"
+        what = f"Document {doc} has no position {asked}"
+        raise QueryError(explain(what, accepted=f"--first and --last within 0 to {end}"))
 
 
 def _between(result: Result, first: int, last: int | None) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -30,8 +31,9 @@ def demo(directory: Path) -> None:
             click.secho(f"\n{answer.title}\n", bold=True)
             click.echo(answer.text)
             click.echo("\n" + "\n".join(f"  $ {command}" for command in answer.commands))
+    where = shlex.quote(str(directory))
     click.echo(
-        f"\nNext:\n  $ actstore info {directory}\n  $ actstore queries\n"
-        f"  $ actstore query {directory} surprising_tokens -p k=10\n"
-        f"  $ actstore sql {directory} 'SHOW TABLES'"
+        f"\nNext:\n  $ actstore info {where}\n  $ actstore queries\n"
+        f"  $ actstore query {where} surprising_tokens -p k=10\n"
+        f"  $ actstore sql {where} 'SHOW TABLES'"
     )

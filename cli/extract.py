@@ -10,7 +10,7 @@ import click
 from actstore.errors import InvalidInput, explain
 
 from .output import progress
-from .passes import print_outcome, print_plan
+from .passes import print_outcome, print_plan, saying_what_stays
 
 __all__ = ["extract"]
 
@@ -34,10 +34,15 @@ Examples:
 @click.option(
     "--sae", "saes", multiple=True, metavar="[ID=]SOURCE[@SITE]", help="Store an SAE's firings; globs allowed."
 )
-@click.option("--lens", "lens_k", type=int, default=0, metavar="K", help="Store the logit lens' K likeliest tokens.")
+@click.option(
+    "--lens", "lens_k", type=click.IntRange(min=1), metavar="K", help="Store the logit lens' K likeliest tokens."
+)
 @click.option("--lens-site", "lens_sites", multiple=True, metavar="SITE", help="Where the lens reads [resid_post.*].")
 @click.option(
-    "--attention-top", type=int, default=0, metavar="K", help="Store the K heaviest keys of every layer, head and row."
+    "--attention-top",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Store the K heaviest keys of every layer, head and row.",
 )
 @click.option(
     "--attention-min", type=float, default=0.005, show_default=True, help="Weight below which an edge is not indexed."
@@ -62,11 +67,18 @@ Examples:
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute dtype [the checkpoint's]."
 )
 @click.option(
-    "--storage-dtype", type=click.Choice(["float32", "bfloat16"]), help="Dtype of stored sites [as computed]."
+    "--storage-dtype", type=click.Choice(["float32", "bfloat16", "int8"]), help="Dtype of stored sites [as computed]."
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--device-map", type=click.Choice(["auto"]), help="Spread a model over several devices (accelerate).")
 @click.option("--activation-bits", type=int, default=10, show_default=True, help="Mantissa bits kept of activations.")
+@click.option(
+    "--sae-precision",
+    type=click.Choice(["float32", "screen"]),
+    default="float32",
+    show_default=True,
+    help="How SAEs multiply: screen is exact at thresholds, and meant for GPUs.",
+)
 @click.option("--encode-special", is_flag=True, help="List firings of BOS and other special tokens too.")
 @click.option("--shard-rows", type=int, help="Rows of a shard [16384].")
 @click.option("--batch-tokens", type=int, help="Padded tokens of a forward pass at most [8192].")
@@ -82,8 +94,8 @@ def extract(
 ) -> None:
     """Run MODEL over DATASET once and store what is asked for; the same command resumes.
 
-    MODEL is a hub id or folder; DATASET a .jsonl, .txt or .parquet file, a folder of them, a hub id, or - for standard
-    input.
+    MODEL is a hub id or folder; DATASET a .jsonl or .parquet file of documents, a .txt file (one document), a folder of
+    them, a hub id, or - for standard input (.jsonl).
     """
     if (out is None) == (into is None):
         raise InvalidInput(
@@ -92,15 +104,16 @@ def extract(
                 accepted="--out STORE to make or resume a store, --into STORE to add a pass to one",
             )
         )
-    asked = {"out": out or into, "into": into is not None, **options}
+    given = {name: value for name, value in options.items() if value is not None}
+    asked = {"out": out or into, "into": into is not None, **given}
     if only_plan:
         _plan(asked, as_json)
         return
     from actstore.maintenance import extract_and_index
 
-    with progress() as report:
+    with saying_what_stays(asked["out"]), progress() as report:
         outcome = extract_and_index(report=report, with_index=not no_index, **asked)
-    print_outcome(outcome, asked["out"], as_json)
+    print_outcome(outcome, asked["out"], as_json, asked["model"])
 
 
 def _plan(asked: dict[str, Any], as_json: bool) -> None:

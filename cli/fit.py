@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ __all__ = ["fit_lens"]
 @click.option("--steps", "n_steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Steps at most.")
 @click.option("--batch-rows", type=click.IntRange(min=1), default=1024, show_default=True, help="Rows of a step.")
 @click.option(
-    "--held-out", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Share of documents held out."
+    "--held-out", type=float, default=0.1, show_default=True, help="Share of documents held out, between 0 and 1."
 )
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of order and of what is held out."
@@ -42,4 +43,5 @@ def fit_lens(store: str, out: Path, sites: tuple[str, ...], as_json: bool, **opt
     with actstore.open(store) as opened, progress() as report:
         fitted = fit(opened, out, sites=sites or ("resid_*",), report=report, **options)
     print_result(Result(pa.Table.from_pylist([asdict(one) for one in fitted])), "json" if as_json else "table")
-    click.echo(f"written to {out}: actstore lens {store} --doc 0 --tuned {out}", err=True)
+    command = shlex.join(["actstore", "lens", store, "--doc", "0", "--tuned", str(out)])
+    click.echo(f"written to {out}: {command}", err=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from actstore import maintenance
+from actstore.advice import having_again
 
 from .output import bytes_text, json_option, print_json, progress
 
@@ -71,7 +72,7 @@ def drop(store: Path, artifact: str) -> None:
     """Remove ARTIFACT (a site, an SAE's id, predictions, lens/LENS/SITE) from STORE and free its space."""
     with progress() as report:
         name = maintenance.drop(store, artifact, report)
-    click.echo(f"{name} is gone. To have it again: actstore extract MODEL --into {store} …")
+    click.echo(f"{name} is gone. To have it again: {having_again(store, name)}")
 
 
 @click.command()

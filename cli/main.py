@@ -33,6 +33,8 @@ class _Commands(click.Group):
             return super().main(args, *rest, **options)
         except ActstoreError as error:
             click.secho(f"Error: {error}", fg="red", err=True)
+            for note in getattr(error, "__notes__", ()):
+                click.echo(note, err=True)
             sys.exit(1)
         except OSError as error:
             click.secho(f"Error: {_told(error)}", fg="red", err=True)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from actstore.advice import completing, not_ok, what_stays
+from actstore.errors import ActstoreError
 
 from .output import bytes_text, json_option, print_json, progress
 
 if TYPE_CHECKING:
     from actstore.extraction import Outcome, Plan
 
-__all__ = ["encode", "print_outcome", "print_plan", "save_lens"]
+__all__ = ["encode", "print_outcome", "print_plan", "save_lens", "saying_what_stays"]
+
+INTERRUPTED = 130  # the exit status of what Ctrl-C ends
+MOST_SHOWN = 8  # checks that are not ok
 
 EXAMPLES = """\b
 Examples:
@@ -37,6 +46,13 @@ index_option = click.option("--no-index", is_flag=True, help="Do not index when 
     "--sae-weights/--no-sae-weights", default=True, help="Keep the SAEs' weights, for directions and attribution [yes]."
 )
 @click.option("--activation-bits", type=int, default=10, show_default=True, help="Mantissa bits kept of activations.")
+@click.option(
+    "--sae-precision",
+    type=click.Choice(["float32", "screen"]),
+    default="float32",
+    show_default=True,
+    help="How SAEs multiply: screen is exact at thresholds, and meant for GPUs.",
+)
 @click.option("--encode-special", is_flag=True, help="List firings of BOS and other special tokens too.")
 @device_option
 @mixed_option
@@ -58,7 +74,7 @@ def encode(store: Path, only_plan: bool, as_json: bool, no_index: bool, **option
         return
     from actstore.maintenance import encode_and_index
 
-    with progress() as report:
+    with saying_what_stays(store), progress() as report:
         outcome = encode_and_index(store, report=report, with_index=not no_index, **options)
     print_outcome(outcome, store, as_json)
 
@@ -84,13 +100,28 @@ def save_lens(store: Path, as_json: bool, no_index: bool, **options: Any) -> Non
     """
     from actstore.maintenance import save_lens_and_index
 
-    with progress() as report:
+    with saying_what_stays(store), progress() as report:
         outcome = save_lens_and_index(store, report=report, with_index=not no_index, **options)
     print_outcome(outcome, store, as_json)
 
 
-def print_outcome(outcome: Outcome, store: Path, as_json: bool) -> None:
-    """Print how a pass went, and what is next."""
+@contextmanager
+def saying_what_stays(store: Path) -> Iterator[None]:
+    """Say what stays where a run is interrupted, or where one that fails leaves a store that was not there."""
+    was_there = store.exists()
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"\nInterrupted. {what_stays(store)}", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    except ActstoreError as error:
+        if store.exists() and not was_there:
+            error.add_note(what_stays(store))
+        raise
+
+
+def print_outcome(outcome: Outcome, store: Path, as_json: bool, model: str | None = None) -> None:
+    """Print how a pass went, what is next, and last what is not ok; model: as it was given, where one was."""
     if as_json:
         report = None if outcome.report is None else outcome.report.to_json()
         print_json({**vars(outcome), "report": report})
@@ -103,11 +134,20 @@ def print_outcome(outcome: Outcome, store: Path, as_json: bool) -> None:
     if outcome.report is not None:
         click.echo(str(outcome.report))
     if outcome.unfinished:
-        click.echo(
-            f"Other passes lack shards: {', '.join(outcome.unfinished)}. Run the commands that made them again "
-            f"(their recipes: actstore sql {store} 'SELECT pass, recipe FROM passes')."
-        )
-    click.echo(f"Next: actstore info {store}")
+        click.echo(f"Other passes lack shards: {', '.join(outcome.unfinished)}. These commands complete them:")
+        for command in completing(store, outcome.unfinished, model):
+            click.echo(f"  {command}")
+    click.echo(f"Next: actstore info {shlex.quote(str(store))}")
+    _print_not_ok(not_ok(store, outcome.pass_id))
+
+
+def _print_not_ok(failed: list[str]) -> None:
+    if failed:
+        click.secho(f"Warning: {len(failed)} checks of this pass are not ok, and recorded as such:", fg="red")
+        for one in failed[:MOST_SHOWN]:
+            click.echo(f"  {one}")
+        if len(failed) > MOST_SHOWN:
+            click.echo(f"  and {len(failed) - MOST_SHOWN} more, which actstore info lists")
 
 
 def print_plan(plan: Plan, as_json: bool) -> None:

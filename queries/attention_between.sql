@@ -28,8 +28,8 @@ looked_at AS (
       AND ($to_rows IS NULL OR list_contains(CAST($to_rows AS BIGINT[]), row))
 ),
 able AS (
-    SELECT row FROM looking l
-    WHERE EXISTS (SELECT 1 FROM looked_at k WHERE k.seq = l.seq AND k.row <= l.row)
+    SELECT l.row FROM looking l JOIN (SELECT seq, min(row) AS first FROM looked_at GROUP BY seq) k USING (seq)
+    WHERE k.first <= l.row
 ),
 layers AS (
     SELECT DISTINCT layer FROM heads
@@ -40,13 +40,27 @@ kept AS (
 met AS (
     SELECT layer, head, sum(weight::DOUBLE) AS weight, count(*) AS n_edges, max(weight) AS max_weight,
            arg_max(row, (weight, -row)) AS strongest
-    FROM kept WHERE key_row IN (SELECT row FROM looked_at)
+    FROM kept
+    -- Every key is looked at where none is named: no table of all edges is built to find that out.
+    WHERE ($to_tokens IS NULL AND $to_rows IS NULL) OR key_row IN (SELECT row FROM looked_at)
     GROUP BY layer, head
+),
+missing AS (
+    SELECT min(row) AS row FROM (
+        SELECT unnest(CAST($from_rows AS BIGINT[])) AS row
+        UNION ALL
+        SELECT unnest(CAST($to_rows AS BIGINT[]))
+    ) WHERE row NOT IN (SELECT row FROM tokens)
+),
+n AS (
+    SELECT CASE WHEN (SELECT row FROM missing) IS NULL THEN count(*)
+                ELSE error('There is no row ' || (SELECT row FROM missing))::BIGINT END AS n_rows
+    FROM able
 ),
 ranked AS (
     SELECT h.layer, h.head, coalesce(m.weight, 0) / n.n_rows AS mean_weight, coalesce(m.n_edges, 0) AS n_edges,
            n.n_rows, m.max_weight, m.strongest
-    FROM heads h LEFT JOIN met m USING (layer, head) CROSS JOIN (SELECT count(*) AS n_rows FROM able) n
+    FROM heads h LEFT JOIN met m USING (layer, head) CROSS JOIN n
     WHERE n.n_rows > 0
     ORDER BY mean_weight DESC, h.layer, h.head LIMIT $k
 )

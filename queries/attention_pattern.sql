@@ -4,8 +4,8 @@
 -- the site `pattern.<layer>` is stored, every weight above 0; otherwise the heaviest keys that were kept. kept_weight
 -- is the sum of the weights listed for that token and head: what is missing to 1 was not kept.
 -- :doc    doc             the document
--- :layer  integer         the layer
--- :head   integer = null  one head only
+-- :layer  layer           the layer
+-- :head   head = null     one head only
 -- :seq    integer = null  one sequence of the document only
 WITH here AS (
     SELECT row, seq, pos, token FROM tokens

@@ -31,9 +31,8 @@ scored AS (
 )
 SELECT coalesce($other, $sae) AS sae, feature, n_both, n_firings, jaccard, pmi, density, label
 FROM scored
-ORDER BY CASE $by
-    WHEN 'jaccard' THEN jaccard
-    WHEN 'pmi' THEN round(pmi, 9)
-    ELSE error('by is ' || $by || '; accepted: jaccard, pmi')
-END DESC, n_both DESC, feature
-LIMIT $k;
+ORDER BY CASE $by WHEN 'jaccard' THEN jaccard ELSE round(pmi, 9) END DESC, n_both DESC, feature
+LIMIT (SELECT CASE
+    WHEN $by IN ('jaccard', 'pmi') THEN $k
+    ELSE error('by is ' || $by || '; accepted: jaccard, pmi')::BIGINT
+END);

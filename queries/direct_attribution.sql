@@ -5,18 +5,23 @@
 -- storing rounded numbers leaves) add up to total. logit is after the cap, of the token alone. Where the
 -- first sites are not stored, it begins with a later state of the stream, such as resid_post.12. With an SAE, what it
 -- reconstructs is told apart into features, feature_bias and feature_error. Without a token: the model's own prediction.
--- :row         integer           the row that predicts
+-- :row         row               the row that predicts
 -- :token       text = null       the predicted token, as `vocabulary` shows it
 -- :token_id    integer = null    or its id
 -- :against     text = null       another token: the difference of the two logits
 -- :against_id  integer = null    or its id; -1: the mean of all tokens, without which a constant that all share counts
 -- :sae         sae = null        tell this SAE's features apart
--- :k           integer = 30      how many parts, largest first
+-- :k           count = 30        how many parts, largest first
 WITH asked AS (
-    SELECT CAST($row AS BIGINT) AS row,
-           coalesce($token_id, token_id($token), (SELECT top1_id FROM predictions WHERE row = $row),
-                    error('Give token or token_id: this store has no predictions, or not this row')) AS token_id,
-           coalesce($against_id, token_id($against)) AS against
+    SELECT CAST($row AS BIGINT) AS row, CASE
+               WHEN $token IS NOT NULL AND $token_id IS NOT NULL THEN error('Give token or token_id, not both')
+               WHEN $against IS NOT NULL AND $against_id IS NOT NULL THEN error('Give against or against_id, not both')
+               WHEN greatest($token_id, $against_id) > 2147483647  -- no INTEGER; NULL is not the greatest
+               THEN error('There is no token ' || greatest($token_id, $against_id))
+               ELSE coalesce($token_id, token_id($token), (SELECT top1_id FROM predictions WHERE row = $row),
+                             error('Give token or token_id: this store has no predictions, or not this row'))
+           END::INTEGER AS token_id,
+           coalesce($against_id, token_id($against))::INTEGER AS against
 ),
 parts AS (
     SELECT row, token_id, unnest(attribution(row, token_id, against, $sae), recursive := true) FROM asked

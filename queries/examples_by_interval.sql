@@ -3,12 +3,12 @@
 -- The range from 0 to the strongest firing is cut into intervals of equal width (low to high; the strongest firing is
 -- in the highest); of each, k firings evenly spaced by rank are shown, its strongest among them. n_firings are all in
 -- the interval, share is that of the feature's firings. Special, template and repeated tokens are left out.
--- :sae        sae            the SAE's id
--- :feature    feature        the feature
--- :intervals  count = 10     how many intervals
--- :k          count = 5      examples of each interval
--- :before     integer = 10   tokens shown before
--- :after      integer = 10   tokens shown after
+-- :sae        sae          the SAE's id
+-- :feature    feature      the feature
+-- :intervals  count = 10   how many intervals
+-- :k          count = 5    examples of each interval
+-- :before     amount = 10  tokens shown before
+-- :after      amount = 10  tokens shown after
 WITH firing AS (
     SELECT a.row, a.activation, t.doc, t.pos, t.token, s.max_activation::DOUBLE / $intervals AS width,
            s.n_firings AS total,

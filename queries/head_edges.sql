@@ -3,20 +3,20 @@
 -- token and example are the token that looks, key_token and key_example the one it looks at. Special, template and
 -- repeated tokens do not look; edges to the sequence's first row, the attention sink, and to the token itself are left
 -- out unless asked for. Ties go by row, then by key_row. Edges lighter than --attention-min are not listed.
--- :layer   integer          the layer
--- :head    integer          the head
+-- :layer   layer            the layer
+-- :head    head             the head
 -- :k       count = 20       how many
 -- :doc     doc = null       one document only
 -- :sink    boolean = false  with edges to the sequence's first row
 -- :itself  boolean = false  with edges of a token to itself
--- :window  integer = 6      tokens shown before and after each end
+-- :window  amount = 6       tokens shown before and after each end
 -- :needs  attention  extract with --attention-top 8
 WITH strongest AS (
     SELECT a.row, a.key_row, a.weight, t.doc, t.pos, t.token, k.pos AS key_pos, k.token AS key_token
     FROM attention a JOIN tokens t ON t.row = a.row JOIN tokens k ON k.row = a.key_row
     WHERE a.layer = $layer AND a.head = $head AND ($doc IS NULL OR t.doc = $doc)
       AND NOT (t.is_special OR t.is_template OR t.is_repeat)
-      AND ($sink OR k.pos > 0) AND ($itself OR k.row <> t.row)
+      AND ($sink OR k.pos > 0) AND ($itself OR a.key_row <> a.row)  -- of `a` alone: no join of all rows with all
     ORDER BY a.weight DESC, a.row, a.key_row LIMIT $k
 ),
 checked AS (

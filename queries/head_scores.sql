@@ -3,7 +3,7 @@
 -- Means over plain rows. entropy is in nats; previous_token, self_attention and bos_attention are the weight on the
 -- token before, on the token itself and on the sequence's first row (the attention sink); induction is the weight on
 -- what followed earlier occurrences of the token. NULL where no row has the number.
--- :layer  integer = null      one layer only
+-- :layer  layer = null        one layer only
 -- :by     text = layer        layer (and head), or the score that orders, highest first
 -- :k      count = 10000       how many heads
 -- :needs  heads  extract with --attention-top 8

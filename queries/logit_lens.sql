@@ -3,7 +3,7 @@
 -- Reads stored residual streams through final norm, unembedding and soft cap; where only read-outs were stored
 -- (--lens), and of a tuned lens (actstore save-lens), takes these. One line per site, position and rank.
 -- :doc    doc              the document
--- :k      integer = 1      tokens per site and position
+-- :k      count = 1        tokens per site and position
 -- :sites  text = resid_*   which sites, as a pattern
 -- :lens   text = logit     which lens: logit, or the name of a tuned one that was saved
 WITH place AS (

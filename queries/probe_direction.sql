@@ -63,7 +63,10 @@ means AS (
     FROM numbers GROUP BY dimension
 ),
 probe AS (
-    SELECT list(mean_a - mean_b ORDER BY dimension) AS direction, sqrt(sum(pow(mean_a - mean_b, 2))) AS distance,
+    SELECT list(mean_a - mean_b ORDER BY dimension) AS direction, CASE
+               WHEN sum(pow(mean_a - mean_b, 2)) > 0 THEN sqrt(sum(pow(mean_a - mean_b, 2)))
+               ELSE error('The means of both groups are the same: no direction tells them apart')
+           END AS distance,
            sum((mean_a - mean_b) * (mean_a + mean_b)) / 2 AS middle
     FROM means
 ),

@@ -1,9 +1,9 @@
 -- The features that fire on one token.
 --
 -- share is the activation over the feature's strongest one in the store; density tells how special the feature is.
--- :sae  sae             the SAE's id
--- :row  integer         the token's row
--- :k    count = 20      how many, strongest first
+-- :sae  sae         the SAE's id
+-- :row  row         the token's row
+-- :k    count = 20  how many, strongest first
 WITH fired AS (
     SELECT unnest(firings($sae, CAST($row AS BIGINT)), recursive := true)
 )

@@ -13,7 +13,7 @@ FILES = sorted([*(ROOT / "actstore").rglob("*.py"), *(ROOT / "cli").rglob("*.py"
 
 # Each knows earlier ones.
 GROUND = (
-    *("errors", "progress", "settings", "health", "sealed", "sites", "blocks", "recipe", "tensors"),
+    *("errors", "progress", "settings", "health", "sealed", "sites", "blocks", "recipe", "tensors", "quantised"),
     "run_report",
 )
 ROOMS = ("models", "saes", "corpus", "store", "index")
@@ -23,17 +23,17 @@ FLOORS: dict[str, int] = {
     "plots": 1,  # pictures of Arrow tables; knows no room
     **dict.fromkeys(("extraction", "lenses"), 2),
     **dict.fromkeys(("named", "results", "exports", "row_order"), 2),  # values of the facade
-    **dict.fromkeys(("api", "loader"), 3),
+    **dict.fromkeys(("api", "loader", "matrices"), 3),
     # Around the facade.
-    **dict.fromkeys(("info", "maintenance", "labels", "pictures", "lens_fitting", "lens_saving"), 4),
+    **dict.fromkeys(("advice", "info", "maintenance", "labels", "pictures", "lens_fitting", "lens_saving"), 4),
     **dict.fromkeys(("service", "notebook", "demo", "testing"), 5),
     "": 6,  # actstore/__init__.py
     "cli": 7,
     "queries": 0,
 }
 
-# Where a foreign library may be imported at run time. `zarr` stands in annotations of lenses and api as well: a raw
-# array is part of what they give back.
+# Where a foreign library may be imported at run time. `zarr` stands in annotations of lenses and matrices as well: a
+# raw array is part of what they give back.
 HOMES: dict[str, set[str]] = {
     "transformers": {"models", "corpus", "extraction"},
     "tokenizers": {"corpus"},
@@ -41,6 +41,7 @@ HOMES: dict[str, set[str]] = {
     "duckdb": {"index"},
     "zarr": {"store", "exports"},
     "numcodecs": {"store"},
+    "google_crc32c": {"store"},
     "fsspec": {"store"},
     "safetensors": {"saes", "lenses"},
     "zipfile": {"saes", "store"},
@@ -56,7 +57,7 @@ HOMES: dict[str, set[str]] = {
     "dill": set(),
 }
 ENVIRONMENT = ("os.environ", "os.getenv", "os.environb")
-READS_TYPES = {"zarr": {"api", "lenses"}, "duckdb": {"api"}, "transformers": {"models"}, "tokenizers": {"corpus"}}
+READS_TYPES = {"zarr": {"matrices", "lenses"}, "duckdb": {"api"}, "transformers": {"models"}, "tokenizers": {"corpus"}}
 
 
 def room_of(path: Path) -> str:

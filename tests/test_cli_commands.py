@@ -340,7 +340,7 @@ def test_labels_are_added_and_replaced(copied: Callable[[], Path], tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", f"sae,feature\n{RES},1\n", ":2: "),
+        ("a.csv", f"sae,feature\n{RES},1\n", ":1: "),
         ("a.csv", f"sae,feature,label\n{RES},1\n", ":2: "),
         ("a.csv", f"sae,feature,label\n{RES},1,good\n{RES},256,bad\n", ":3: "),
         ("a.csv", f"sae,feature,label\n{RES},-1,bad\n", "0 to 255"),

@@ -77,7 +77,7 @@ def die_in_rewrite(monkeypatch: pytest.MonkeyPatch, n_written: int) -> None:
 
 def test_damaged_metadata_is_not_sealed_into_a_new_layout(store: Path) -> None:
     path = store / "arrays" / SITE / "zarr.json"
-    path.write_bytes(path.read_bytes().replace(b'"clevel":1', b'"clevel":7'))
+    path.write_bytes(path.read_bytes().replace(b'"width"', b'"breadth"'))
 
     with pytest.raises(CorruptStore, match=SITE):
         StoreWriter.open(store).drop("predictions")

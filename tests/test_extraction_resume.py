@@ -35,7 +35,7 @@ def test_the_same_command_makes_nothing_twice(tmp_path: Path) -> None:
 
 def test_another_max_tokens_is_another_recipe(tmp_path: Path) -> None:
     extract(tmp_path / "a.act", max_tokens=100)
-    with pytest.raises(RecipeMismatch, match=r"corpus.max_tokens: stored 100, asked 250"):
+    with pytest.raises(RecipeMismatch, match=r"corpus.max_tokens: 100 → 250"):
         extract(tmp_path / "a.act", max_tokens=250)
     assert extract(tmp_path / "a.act", max_tokens=100).n_shards_made == 0
 

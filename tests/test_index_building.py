@@ -35,6 +35,8 @@ from actstore.index.parts import Workshop
 from actstore.sealed import write_durably
 
 ORDERED = {table: f"FROM {table} ORDER BY ALL" for table in TABLES}
+ROUNDED_FEATURES = """SELECT * REPLACE (round(mean_activation, 9) AS mean_activation, round(std_activation, 9) AS
+    std_activation) FROM features ORDER BY ALL"""
 
 
 def content(directory: Path, catalog: Catalog | None = None) -> dict[str, Any]:
@@ -163,10 +165,51 @@ def test_feature_blocks_of_any_size_say_the_same(
     source, directory = whole
     monkeypatch.setattr(feature_parts, "MAX_BLOCK_FIRINGS", block)
     build_index(source, tmp_path / "split")
-    names = {column: f"round({column}, 9)" for column in ("mean_activation", "std_activation")}
-    query = f"SELECT * REPLACE ({', '.join(f'{v} AS {k}' for k, v in names.items())}) FROM features ORDER BY ALL"
-    monkeypatch.setitem(ORDERED, "features", query)  # sums are added in another order
+    monkeypatch.setitem(ORDERED, "features", ROUNDED_FEATURES)  # sums are added in another order
     assert content(tmp_path / "split") == content(directory)
+
+
+@pytest.mark.parametrize("block", [1, 40, 200], ids=["every feature too large", "some too large", "several blocks"])
+def test_features_read_back_from_several_parts_say_the_same(
+    whole: tuple[FakeSource, Path], tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, directory = whole
+    monkeypatch.setattr(firing_parts, "MAX_FIRINGS", 700)
+    monkeypatch.setattr(feature_parts, "MAX_BLOCK_FIRINGS", block)
+    split = build_index(source, tmp_path / "split")
+    assert len(split.select("firings", HALF)) > 1
+    monkeypatch.setitem(ORDERED, "features", ROUNDED_FEATURES)  # sums are added in another order
+    assert content(tmp_path / "split") == content(directory)
+
+
+def test_little_memory_makes_more_parts_with_the_same_content(whole: tuple[FakeSource, Path], tmp_path: Path) -> None:
+    source, directory = whole
+    made = build_index(source, tmp_path / "small", memory_bytes=20_000)
+    assert len(made.select("firings", HALF)) > 1
+    made_whole = build_index(source, tmp_path / "medium", memory_bytes=200_000)
+    assert len(made_whole.select("firings", HALF)) == 1
+    assert content(tmp_path / "small") == content(tmp_path / "medium") == content(directory)
+
+
+@pytest.mark.parametrize("float_shard", [None, 5], ids=["halves", "one shard of floats"])
+def test_long_runs_are_stored_as_runs_and_read_back_exactly(tmp_path: Path, float_shard: int | None) -> None:
+    source = FakeSource((12,))
+    source.saes = [HALF]
+    for tokens in source.tokens.values():
+        tokens[:, 5] = 0
+    source.extract(*range(12))
+    if float_shard is not None:
+        source.firings_of[HALF, float_shard].activations[3] = np.float32(0.1)
+    (part,) = build_index(source, tmp_path).select("firings", HALF)
+    with duckdb.connect(str(tmp_path / part.name), read_only=True) as connection:
+        query = "FROM pragma_storage_info('firings') SELECT column_name, compression WHERE segment_type <> 'VALIDITY'"
+        compression = dict(connection.sql(query).fetchall())
+    assert compression["feature"] == "RLE" and compression["row"] == "BitPacking"
+    assert compression["plain"] in ("RLE", "Constant")
+    with open_index(read_catalog(tmp_path), lambda name: tmp_path / name, threads=1) as connection:
+        found = connection.sql("SELECT feature, row, activation FROM activations").table.to_pylist()
+    expected = [(feature, row, activation) for feature, row, activation, _ in source.all_firings(HALF)]
+    assert [tuple(one.values()) for one in found] == expected
 
 
 def test_compaction_leaves_at_most_four_parts_with_the_same_content(many_parts: tuple[FakeSource, Path]) -> None:
@@ -180,14 +223,20 @@ def test_compaction_leaves_at_most_four_parts_with_the_same_content(many_parts: 
     assert build_index(source, directory) == after, "compacted parts still cover their receipts"
 
 
-def test_compacted_firings_are_ordered_by_feature_and_row(many_parts: tuple[FakeSource, Path]) -> None:
+@pytest.mark.parametrize("block", [1, 40, 1_000_000], ids=["every feature too large", "some too large", "one block"])
+def test_compacted_firings_are_ordered_by_feature_and_row(
+    many_parts: tuple[FakeSource, Path], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, directory = many_parts
+    monkeypatch.setattr(feature_parts, "MAX_BLOCK_FIRINGS", block)
+    said = content(directory)
     (joined,) = [part for part in compact(directory).select("firings", HALF) if len(part.covers) > 1]
     with open_index(Catalog(1, (joined,), 2), lambda name: directory / name, threads=1) as connection:
         table = connection.sql("SELECT feature, row FROM activations").table
     feature, row = (column.to_numpy() for column in table.columns)
     assert len(row) == joined.n_rows
     assert np.all((np.diff(feature) > 0) | ((np.diff(feature) == 0) & (np.diff(row) > 0)))
+    assert content(directory) == said
 
 
 def test_parts_of_halves_and_floats_join_as_floats(

@@ -14,6 +14,7 @@ from models_support import save_tiny_model
 import actstore
 from actstore.api import Store
 from actstore.errors import InvalidInput, UnknownName
+from actstore.lenses import TopTokens, Unembed
 from actstore.store import StoreReader
 
 TEXTS = [
@@ -53,6 +54,16 @@ def test_a_snippet_is_the_text_around_the_token(written: tuple[Store, Truth], be
     assert [row["row"] for row in found] == truth.rows.tolist()
     for row in found:
         assert row["example"] == truth.snippet(row["row"], before, after), row
+
+
+def test_the_token_at_a_row_is_that_of_the_tokens(written: tuple[Store, Truth]) -> None:
+    store, _ = written
+    question = "SELECT row, token_at(row) AS here, doc, pos, token FROM tokens ORDER BY hash(row)"
+    found = store.sql(question).rows()
+    assert found and all(one["here"] == {name: one[name] for name in ("doc", "pos", "token")} for one in found)
+    with pytest.raises(UnknownName, match="There is no row -1"):
+        store.sql("SELECT token_at(-1)")
+    assert store.sql("SELECT token_at(NULL)").scalar() is None
 
 
 def test_a_snippet_without_its_marks_is_the_documents_text(written: tuple[Store, Truth]) -> None:
@@ -153,6 +164,32 @@ def test_a_lens_with_several_ks_in_one_question(opened: Store, small: SmallStore
     for row, ids in zip(found, stored.tolist(), strict=True):
         assert [one["token_id"] for one in row["lens"]] == ids[: row["k"]]
         assert [one["token"] for one in row["lens"]] == [small.truth.vocabulary[i] for i in ids[: row["k"]]]
+
+
+def test_a_lens_of_several_sites_in_one_question_goes_through_the_vocabulary_once(
+    opened: Store, small: SmallStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the extraction, which read one site after the other, stored it."""
+    calls: list[int] = []
+    top = Unembed.top
+
+    def counted(self: Unembed, rows: np.ndarray, k: int) -> TopTokens:
+        calls.append(len(rows))
+        return top(self, rows, k)
+
+    monkeypatch.setattr(Unembed, "top", counted)
+    rows = np.random.default_rng(3).choice(small.truth.rows, 40)
+    sites = [f"resid_post.{number}" for number in np.random.default_rng(4).integers(0, 6, 40)]
+    found = opened.sql(
+        "SELECT site, row, logit_lens(site, row, 3) AS lens FROM (SELECT unnest($sites) AS site, unnest($rows) AS row)",
+        {"sites": sites, "rows": rows.tolist()},
+    ).rows()
+    assert calls == [40]
+    stored = {site: small.truth.matrix(f"lens/logit/{site}/ids")[:, 1:4] for site in set(sites)}
+    assert [(one["site"], one["row"]) for one in found] == list(zip(sites, rows.tolist(), strict=True))
+    for one in found:
+        ids = stored[one["site"]][small.truth.place[one["row"]]]
+        assert [token["token_id"] for token in one["lens"]] == ids.tolist()
 
 
 @pytest.mark.parametrize(

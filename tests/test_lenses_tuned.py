@@ -128,7 +128,9 @@ def test_its_table_is_the_logit_lens_table_where_translators_are_zero(opened: St
     logit = opened.lens("logit", doc=DOC, k=2, sites="resid_post.*").arrow()
     assert tuned.column_names == logit.column_names
     assert tuned.schema.types == logit.schema.types
-    assert tuned.equals(logit)
+    assert tuned.drop_columns(["logprob"]).equals(logit.drop_columns(["logprob"]))
+    # The logit lens multiplies the rows of all sites at once: sums are then rounded otherwise.
+    np.testing.assert_allclose(np.asarray(tuned["logprob"]), np.asarray(logit["logprob"]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from asking_support import SmallStore, reference_model
 from extraction_support import log_softmax
 
 from actstore.errors import InvalidInput, UnsupportedFormat
-from actstore.lenses import Unembed
+from actstore.lenses import Unembed, widened
 from actstore.lenses import unembed as unembed_module
+from actstore.lenses.widened import WidenedWeight
 from actstore.store import write_piece
 from actstore.store.bundle import open_bundle_file
 
@@ -23,7 +24,7 @@ class Piece(dict[str, Any]):
     """A kit piece in memory: arrays by name, and attributes."""
 
     def __init__(self, weight: Any, gain: np.ndarray, softcap: float | None = 30.0, norm: str = "rms") -> None:
-        super().__init__(weight=weight, gain=gain)
+        super().__init__(weight=weight if isinstance(weight, WatchedArray) else WatchedArray(weight), gain=gain)
         self.attrs = {"softcap": softcap, "norm_epsilon": 1e-6, "norm": norm}
 
 
@@ -32,16 +33,16 @@ def made(weight: Any, gain: np.ndarray, **attributes: Any) -> Unembed:
 
 
 class WatchedArray:
-    """Stands for an array on the disk that is too large to be read whole."""
+    """Stands for an array on the disk, in chunks of so many tokens, that is too large to be read whole."""
 
-    def __init__(self, values: np.ndarray) -> None:
-        self.values, self.reads = values, list[int]()
-        self.shape, self.dtype = values.shape, values.dtype
+    def __init__(self, values: np.ndarray, chunk: int = 1) -> None:
+        self.values, self.reads = values, list[tuple[int, int]]()
+        self.shape, self.dtype, self.chunks = values.shape, values.dtype, (chunk, values.shape[1])
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         assert isinstance(rows, slice) and rows.start is not None
         taken = self.values[rows]
-        self.reads.append(len(taken))
+        self.reads.append((rows.start, len(taken)))
         return taken
 
     def __array__(self, *_: object, **__: object) -> np.ndarray:
@@ -62,12 +63,14 @@ def piece(small: SmallStore) -> Any:
     return reader.kit_piece(reader.kit_digest("unembedding", "sites/resid_post.1"))
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
 @pytest.mark.parametrize("tokens_per_block", [100, 1663, 1664, 8192])
 @pytest.mark.parametrize("k", [1, 7, 1664])
 def test_the_last_layers_lens_is_the_models_prediction(
-    small: SmallStore, piece: Any, monkeypatch: pytest.MonkeyPatch, tokens_per_block: int, k: int
+    small: SmallStore, piece: Any, monkeypatch: pytest.MonkeyPatch, tokens_per_block: int, k: int, kept_bytes: int
 ) -> None:
-    monkeypatch.setattr(unembed_module, "TOKENS_PER_BLOCK", tokens_per_block)
+    monkeypatch.setattr(widened, "TOKENS_PER_BLOCK", tokens_per_block)
+    monkeypatch.setattr(widened, "KEPT_BYTES", kept_bytes)
     monkeypatch.setattr(unembed_module, "ROWS_PER_BLOCK", 30)
     rows = small.truth.matrix("sites/resid_post.5")[:100]
     top = Unembed(piece).top(rows, k)
@@ -117,13 +120,93 @@ def test_equal_logits_go_by_token_id() -> None:
     )
 
 
+@pytest.mark.parametrize("k", [1, 3, 5, 16])
+@pytest.mark.parametrize("tokens_per_block", [1, 7, 64])
+def test_ties_go_to_the_lower_token_wherever_a_block_ends(
+    monkeypatch: pytest.MonkeyPatch, k: int, tokens_per_block: int
+) -> None:
+    monkeypatch.setattr(widened, "TOKENS_PER_BLOCK", tokens_per_block)
+    random = np.random.default_rng(k)
+    weight = random.integers(-1, 2, size=(64, 4)).astype(ml_dtypes.bfloat16)
+    rows = random.choice([-1, 1], size=(20, 4)).astype(np.float32)  # normed and rounded to bfloat16 they are the same
+    logits = rows @ weight.astype(np.float32).T
+    wanted = np.lexsort((np.broadcast_to(np.arange(64), logits.shape), -logits), axis=1)[:, :k]
+    found = made(weight, np.ones(4, np.float32), softcap=None).top(rows, k)
+    assert all(len(set(line)) <= 9 for line in logits.tolist())
+    np.testing.assert_array_equal(found.token_ids, wanted)
+
+
+@pytest.mark.parametrize("tokens_per_block", [5, 1000])
+def test_a_row_that_is_no_number_has_tokens_and_no_probabilities(
+    monkeypatch: pytest.MonkeyPatch, tokens_per_block: int
+) -> None:
+    monkeypatch.setattr(widened, "TOKENS_PER_BLOCK", tokens_per_block)
+    weight = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    rows = np.ones((3, 4), np.float32)
+    rows[1, 2] = np.nan
+    unembed = made(weight, np.ones(4, np.float32))
+    top, alone = unembed.top(rows, 6), unembed.top(rows[:1], 6)
+    assert np.isnan(top.logprobs[1]).all()
+    assert sorted(set(top.token_ids[1].tolist())) == sorted(top.token_ids[1].tolist())
+    for row in (0, 2):
+        np.testing.assert_array_equal(top.token_ids[row], alone.token_ids[0])
+        np.testing.assert_allclose(top.logprobs[row], alone.logprobs[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_the_unembedding_is_never_widened_whole(monkeypatch: pytest.MonkeyPatch, dtype: Any) -> None:
-    monkeypatch.setattr(unembed_module, "TOKENS_PER_BLOCK", 64)
+def test_a_large_unembedding_is_never_read_or_widened_whole(monkeypatch: pytest.MonkeyPatch, dtype: Any) -> None:
+    monkeypatch.setattr(widened, "TOKENS_PER_BLOCK", 64)
+    monkeypatch.setattr(widened, "KEPT_BYTES", 1000 * 6 * 4 - 1)
     weight = WatchedArray(np.random.default_rng(0).normal(size=(1000, 6)).astype(dtype))
     made(weight, np.ones(6, np.float32)).top(np.ones((3, 6), np.float32), 4)
-    assert max(weight.reads) <= 64
-    assert sum(weight.reads) == 1000
+    assert max(length for _, length in weight.reads) <= 64
+    assert sum(length for _, length in weight.reads) == 1000
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 24, 25, 50, 64, 65, 999, 1000, 1001])
+def test_blocks_are_whole_chunks_where_they_fit_and_bounded_in_bytes(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(widened, "BLOCK_BYTES", 64 * 6 * 4)
+    monkeypatch.setattr(widened, "KEPT_BYTES", 0)
+    weight = WatchedArray(np.zeros((1000, 6), np.float32), chunk)
+    seen = [(first, len(block)) for first, block in WidenedWeight(weight)]
+    assert seen == sorted(weight.reads)
+    assert sum(length for _, length in seen) == 1000
+    assert max(length for _, length in seen) <= 64
+    assert chunk > 64 or all(first % chunk == 0 for first, _ in seen)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
+def test_every_bfloat16_is_widened_to_the_float32_that_it_is(monkeypatch: pytest.MonkeyPatch, kept_bytes: int) -> None:
+    """All 65,536 of them: zeros, subnormals, infinities and every NaN."""
+    monkeypatch.setattr(widened, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(widened, "TOKENS_PER_BLOCK", 500)
+    bits = np.arange(1 << 16, dtype=np.uint16).reshape(-1, 16)
+    blocks = [block.copy() for _, block in WidenedWeight(WatchedArray(bits.view(ml_dtypes.bfloat16)))]
+    np.testing.assert_array_equal(np.concatenate(blocks).view(np.uint32), bits.astype(np.uint32) << 16)
+
+
+def test_a_small_unembedding_is_read_once() -> None:
+    weight = WatchedArray(np.random.default_rng(0).normal(size=(1000, 6)).astype(np.float32))
+    unembed = made(weight, np.ones(6, np.float32))
+    first = unembed.top(np.ones((3, 6), np.float32), 4)
+    np.testing.assert_array_equal(unembed.top(np.ones((3, 6), np.float32), 4).logprobs, first.logprobs)
+    assert weight.reads == [(0, 1000)]
+
+
+def test_a_chunk_that_is_damaged_is_an_error_of_the_one_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Damaged(WatchedArray):
+        def __getitem__(self, rows: slice) -> np.ndarray:
+            if rows.start >= 500:
+                raise ValueError("checksum")
+            return super().__getitem__(rows)
+
+    monkeypatch.setattr(widened, "TOKENS_PER_BLOCK", 100)
+    monkeypatch.setattr(widened, "KEPT_BYTES", 0)
+    weight = Damaged(np.ones((1000, 6), np.float32))
+    with pytest.raises(ValueError, match="checksum"):
+        made(weight, np.ones(6, np.float32)).top(np.ones((3, 6), np.float32), 4)
 
 
 def test_no_rows_have_an_answer_of_no_rows() -> None:

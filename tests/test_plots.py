@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,39 @@ def test_a_token_that_came_is_framed_where_its_place_is_not_shown(opened: Store)
     assert {round(patch.get_x()) for patch in cut.patches if isinstance(patch, Rectangle)} == every
 
 
+def test_the_deepest_site_is_on_top_whatever_its_kind(opened: Store) -> None:
+    """A layer's resid_pre comes before its resid_mid, and that before its resid_post."""
+    axes = opened.query("logit_lens", {"doc": 5}).plot().axes[0]
+    found = [one.get_text() for one in axes.get_yticklabels()]
+    deep = [f"resid_post.{layer}" for layer in range(5, 2, -1)], [f"resid_post.{layer}" for layer in range(2, -1, -1)]
+    assert found == [*deep[0], "resid_mid.3", *deep[1], "resid_pre.0"]
+
+
+def test_a_lens_grid_that_is_wider_than_a_page_goes_on_below(opened: Store) -> None:
+    result = opened.query("logit_lens", {"doc": 4, "sites": "resid_post.[05]"})
+    picture = result.plot()
+    lines = [axes for axes in picture.axes if axes.images]
+    assert len(lines) > 2 and picture.get_size_inches()[0] < 27
+    rows = result.rows()
+    columns = sorted({row["row"] for row in rows})
+    for site, place in (("resid_post.5", 0), ("resid_post.0", 1)):
+        shares = np.concatenate([matrix_of(axes)[place] for axes in lines])
+        np.testing.assert_allclose(shares, [np.exp(row["logprob"]) for row in rows if row["site"] == site])
+    inputs = {row["row"]: f"{shown_token(row['input'])}\n{row['pos']}" for row in rows}
+    assert [one.get_text() for axes in lines for one in axes.get_xticklabels()] == [inputs[row] for row in columns]
+
+
+def test_a_trajectory_through_several_sites_of_a_layer_is_in_the_order_of_depth() -> None:
+    sites = {"resid_mid.0": -0.5, "resid_post.0": 0.0, "resid_pre.0": -1.0, "resid_mid.1": 0.5, "resid_post.1": 1.0}
+    columns: dict[str, Any] = {"site": list(sites), "layer": [int(site[-1]) for site in sites], "seq": [0] * 5}
+    columns |= {"pos": [0] * 5, "row": [0] * 5, "input": ["a"] * 5, "target_rank": [3, 4, 5, 2, 1]}
+    columns |= {name: [0.3, 0.4, 0.1, 0.5, 0.6] for name in ("target_probability", "entropy", "kl_to_final")}
+    panels = Result(pa.table(columns), asked=Asked("lens_trajectory")).plot().axes
+    assert [np.asarray(line.get_xdata()).tolist() for line in panels[0].lines] == [[-1, -0.5, 0, 0.5, 1]]
+    assert [np.asarray(line.get_ydata()).tolist() for line in panels[0].lines] == [[5, 3, 4, 2, 1]]
+    assert "resid_mid" in panels[0].get_xlabel()
+
+
 def test_the_trajectory_is_the_answer(opened: Store) -> None:
     result = opened.query("lens_trajectory", {"doc": 5})
     rows = [row for row in result.rows() if 2 <= row["pos"] <= 9]
@@ -299,6 +332,23 @@ def test_a_strip_shades_each_token_by_its_activation(opened: Store) -> None:
     assert "".join(tokens) == "".join(glyphs(row["token"].replace("\n", "⏎")) for row in rows)
     peaks = [float(text.get_text()) for text in axes.texts if float(text.get_fontsize()) < 8]
     assert max(peaks) == pytest.approx(most, rel=0.06)
+
+
+def test_the_numbers_of_a_strip_never_touch_and_a_sequence_begins_a_line(opened: Store) -> None:
+    crowded = strip_of([" a"] * 40).plot()
+    renderer = FigureCanvasAgg(crowded).get_renderer()  # type: ignore[no-untyped-call]
+    numbers = [one.get_window_extent(renderer) for one in crowded.axes[0].texts if float(one.get_fontsize()) < 8]
+    assert 1 < len(numbers) < 12 and not any(first.overlaps(second) for first, second in combinations(numbers, 2))
+    result = opened.query("feature_in_document", {"sae": RES, "feature": 9, "doc": 4})
+    first = [number for number, row in enumerate(result.rows()) if row["pos"] == 0]
+    tokens = [text for text in result.plot().axes[0].texts if float(text.get_fontsize()) > 8]
+    assert len(first) > 2 and {tokens[number].get_position()[0] for number in first} == {0}
+
+
+def test_the_lines_of_an_expression_say_what_they_are(opened: Store) -> None:
+    assert expression().plot().axes[0].get_ylabel() == "document"
+    on_tokens = opened.query("token_expression", {"sae": RES, "docs": 5, "k": 5}).plot().axes[0]
+    assert (on_tokens.get_ylabel(), on_tokens.get_xlabel()) == ("token and its position", "feature")
 
 
 def test_a_concordance_has_the_tokens_below_each_other(opened: Store) -> None:

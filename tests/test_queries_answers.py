@@ -333,7 +333,11 @@ def test_logit_lens_takes_the_sites_that_are_asked_for(opened: Store) -> None:
         ("logit_lens", {"doc": -1}, UnknownName, "There is no document -1"),
         ("token_features", {"sae": RES, "row": 1 << 40}, UnknownName, "There is no row"),
         ("token_features", {"sae": RES, "row": -1}, UnknownName, "There is no row -1"),
-        ("logit_lens", {"doc": 3, "k": 0}, Exception, "k is 0"),
+        ("logit_lens", {"doc": 3, "k": 0}, QueryError, "'k' is 0. Accepted: count from 1: "),
+        ("direct_attribution", {"row": 1, "k": -1}, QueryError, "'k' is -1. Accepted: count from 1: "),
+        ("direct_attribution", {"row": 1 << 70}, UnknownName, "There is no row"),
+        ("max_activating", {"sae": RES, "feature": 1, "before": -1}, QueryError, "Accepted: amount from 0: "),
+        ("dead_features", {"sae": RES, "most": -1}, QueryError, "Accepted: amount from 0: "),
         (
             "max_activating",
             {"sae": RES, "feature": 256},

@@ -43,10 +43,29 @@ def test_a_file_is_taken_apart() -> None:
     assert query.bind({"k": "5"}) == {"k": 5}
 
 
+def test_the_first_statement_that_holds_for_the_values_is_asked_with_what_it_uses() -> None:
+    cases = "-- :up-to k=3 n=0\nSELECT $k;\n-- :up-to k=9\nSELECT $k, $n;\n-- :else\nSELECT $n"
+    query = parse_query("q.sql", f"-- Asked.\n-- :k  integer  a\n-- :n  integer  b\n{cases}")
+    asked = {(k, n): query.statement({"k": k, "n": n}) for k in (3, 9, 10) for n in (0, 1)}
+    assert {values: (sql.strip(), used) for values, (sql, used) in asked.items()} == {
+        (3, 0): ("SELECT $k;", {"k": 3}),
+        (3, 1): ("SELECT $k, $n;", {"k": 3, "n": 1}),
+        (9, 0): ("SELECT $k, $n;", {"k": 9, "n": 0}),
+        (9, 1): ("SELECT $k, $n;", {"k": 9, "n": 1}),
+        (10, 0): ("SELECT $n", {"n": 0}),
+        (10, 1): ("SELECT $n", {"n": 1}),
+    }
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         pytest.param("SELECT 1", "q.sql:1: ", id="no documentation"),
+        pytest.param(
+            "-- Asked.\n-- :k  integer  a\n-- :up-to j=3\nSELECT $k;\n-- :else\nSELECT $k",
+            "q.sql:3: the parameter 'j' is used and not declared",
+            id="a limit of an undeclared parameter",
+        ),
         pytest.param("-- Asked.\n", "q.sql:1: ", id="no SQL"),
         pytest.param("--\n-- Late.\nSELECT 1", "q.sql:1: ", id="the first line is empty"),
         pytest.param(
@@ -91,6 +110,7 @@ def test_a_mistake_has_a_file_and_a_line(source: str, message: str) -> None:
         ("boolean", False, False),
         ("doc", "7", 7),
         ("count", "1", 1),
+        ("amount", 0, 0),
     ],
 )
 def test_text_of_a_command_line_becomes_the_declared_type(kind: str, given: object, value: object) -> None:
@@ -147,6 +167,7 @@ def test_lists_are_read_from_text_or_python(kind: str, given: object, value: obj
         ("documents", True),
         ("count", 0),
         ("count", "-3"),
+        ("amount", -1),
     ],
 )
 def test_what_cannot_be_a_list_is_refused_with_how_it_is_spelled(kind: str, given: object) -> None:

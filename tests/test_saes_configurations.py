@@ -82,10 +82,16 @@ def test_the_configuration_says_the_site(tmp_path: Path, metadata: dict[str, Any
     assert _site(write_saelens(tmp_path, plain_tensors(), **_metadata(**metadata)), argument) == site
 
 
-def test_sites_that_disagree_are_refused(tmp_path: Path) -> None:
+def test_a_site_that_is_asked_for_wins_over_the_configuration_and_is_told(tmp_path: Path) -> None:
     folder = write_saelens(tmp_path, plain_tensors())
-    with pytest.raises(InvalidInput, match=r"resid_pre\.3 by its path or cfg\.json, and resid_post\.3 by"):
-        _site(folder, "@resid_post.3")
+    (found,) = expand_sae_arguments([f"{folder}@resid_post.3"])
+    assert (str(found.site), load_sae(found).identity.site) == ("resid_post.3", "resid_post.3")
+    assert found.overruled == "site resid_post.3 as asked; its path or cfg.json says resid_pre.3"
+    assert [one.overruled for one in expand_sae_arguments([f"{folder}@resid_pre.3", f"a={folder}"])] == [None, None]
+
+
+def test_a_configuration_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    folder = write_saelens(tmp_path, plain_tensors())
     write_saelens(tmp_path, plain_tensors(), **_metadata(hf_hook_name="model.layers.3.output"))
     with pytest.raises(InvalidInput, match=r"resid_pre\.3 and resid_post\.3.*Next: say which: .*@resid_pre\.3"):
         _site(folder)

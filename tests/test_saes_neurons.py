@@ -278,7 +278,8 @@ def request(out: Path, *saes: str, **changes: Any) -> Request:
 def test_the_plan_counts_what_is_kept(tmp_path: Path, n_kept: int, firings_a_row: int) -> None:
     plan = plan_extraction(request(tmp_path / "a.act", "neurons:mlp_act.1", neurons_top=n_kept))
     (size,) = (size for size in plan.artifacts if size.artifact == f"firings/{NEURONS}")
-    assert size.n_bytes == int(plan.n_rows * (firings_a_row * 3.5 + 3 * 4))
+    feature_logits = 36 * 100
+    assert size.n_bytes == int(plan.n_rows * (firings_a_row * 3.5 + 3 * 4)) + feature_logits
 
 
 def test_a_number_to_keep_that_is_none(tmp_path: Path) -> None:

@@ -137,17 +137,20 @@ def refused(argument: str | Path) -> str:
     return str(caught.value)
 
 
-def test_what_the_argument_and_the_file_say_must_agree(tmp_path: Path) -> None:
+def test_what_the_argument_says_wins_over_the_configuration(tmp_path: Path) -> None:
     folder, _ = write_second(tmp_path)
     assert load(f"{folder}@ln2.13").identity.write_site == "mlp_out.13"
-    assert load(f"{folder}@ln2.13>mlp_out.13").identity.site == "ln2.13"
-    assert "reads ln2.13 by its path or config.json, and ln2_normalized.13 by '@" in refused(
-        f"{folder}@ln2_normalized.13>mlp_out.13"
-    )
-    assert "writes mlp_out.13 by its path or config.json, and mlp_out_raw.13 by '>" in refused(
-        f"{folder}@ln2.13>mlp_out_raw.13"
-    )
-    assert "writes mlp_out.13" in refused(f"{folder}@ln2.13>mlp_out.12")
+    for sites, told in (
+        ("ln2.13>mlp_out.13", None),
+        ("ln2_normalized.13>mlp_out.13", "site ln2_normalized.13 as asked; its path or config.json says ln2.13"),
+        ("ln2.13>mlp_out.12", "site mlp_out.12 as asked; its path or config.json says mlp_out.13"),
+    ):
+        (found,) = expand_sae_arguments([f"{folder}@{sites}"])
+        assert (f"{found.site}>{found.write_site}", found.overruled) == (sites, told)
+
+
+def test_what_neither_argument_nor_file_says_is_refused(tmp_path: Path) -> None:
+    folder, _ = write_second(tmp_path)
     write_second(tmp_path, hf_hook_point_out="model.layers.13.unheard.output")
     message = refused(folder)
     assert "Nothing says which site the SAE" in message and f"'{folder}@ln2.13>mlp_out.12'" in message

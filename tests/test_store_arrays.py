@@ -38,7 +38,8 @@ def write_array(root: Path, spec: MatrixSpec, shards: list[npt.NDArray[Any]], sh
     root.mkdir(parents=True)
     (root / "zarr.json").write_bytes(array_metadata(spec, len(shards) * shard_rows, shard_rows))
     for number, values in enumerate(shards):
-        (root / shard_file(number)).write_bytes(encode_shard(spec, values, shard_rows))
+        encoded = encode_shard(spec, values, shard_rows)
+        (root / shard_file(number)).write_bytes(encoded if isinstance(encoded, bytes) else encoded.file)
 
 
 def matrix(dtype: str, n_columns: int, **more: Any) -> MatrixSpec:
@@ -52,6 +53,7 @@ def matrix(dtype: str, n_columns: int, **more: Any) -> MatrixSpec:
     n_columns=st.integers(1, 9),
     n_shards=st.integers(1, 3),
     per_column=st.booleans(),
+    compressed=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_a_matrix_comes_back_bit_for_bit(
@@ -61,10 +63,11 @@ def test_a_matrix_comes_back_bit_for_bit(
     n_columns: int,
     n_shards: int,
     per_column: bool,
+    compressed: bool,
     seed: int,
 ) -> None:
     root = tmp_path_factory.mktemp("array") / "a"
-    spec = matrix(dtype, n_columns, per_column_chunks=per_column)
+    spec = matrix(dtype, n_columns, per_column_chunks=per_column, compressed=compressed)
     shards = [any_bits(dtype, (shard_rows, n_columns), seed + number) for number in range(n_shards)]
 
     write_array(root, spec, shards, shard_rows)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -66,7 +67,9 @@ def _check(source: Source, sae: str, out: Path, by: str, reduce: str | None) -> 
         raise InvalidInput(explain(f"Rows by {by!r} are not known", accepted=", ".join(BY)))
     if (by == "document") != (reduce is not None):
         what = "Documents need a reduction" if by == "document" else "Tokens are not reduced"
-        raise InvalidInput(explain(what, accepted=f"by document with a reduction: {', '.join(REDUCTIONS)}"))
+        accepted = f"by document with a reduction: {', '.join(REDUCTIONS)}"
+        next_step = "add --reduce max" if by == "document" else "add --by document, or leave out --reduce"
+        raise InvalidInput(explain(what, accepted=accepted, next_step=next_step))
     if reduce is not None and reduce not in REDUCTIONS:
         raise InvalidInput(explain(f"The reduction {reduce!r} is not known", accepted=", ".join(REDUCTIONS)))
     done, total = len(source.reader.done(f"firings/{sae}")), source.reader.layout.n_shards
@@ -126,7 +129,7 @@ def _observed(source: Source, table: str, block: SparseRows) -> Mapping[str, pa.
     found = source.table(sql, {"first": first, "end": first + len(block.numbers)})
     if not np.array_equal(found.column(key).to_numpy(), block.numbers):
         what = f"The index of {source.url} lacks rows of {table}"
-        raise MissingInput(explain(what, next_step=f"bring it up to date: actstore index {source.url}"))
+        raise MissingInput(explain(what, next_step=f"bring it up to date: actstore index {shlex.quote(source.url)}"))
     return {**_columns(found), "n_plain": pa.chunked_array([block.n_plain])}
 
 

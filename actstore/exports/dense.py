@@ -24,6 +24,7 @@ from numpy.lib import format as npy
 from actstore.blocks import TOKEN_FIELDS, is_plain
 from actstore.errors import InvalidInput, explain
 from actstore.progress import Report
+from actstore.recipe import QUANTISED
 
 from .source import Source, must_be_one
 from .target import Exported, exported, must_be_free, new_target
@@ -37,7 +38,7 @@ TENSOR_DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # as the safetensors hea
 def export_safetensors(
     source: Source, sites: Sequence[str], out: Path, *, plain: bool = False, dtype: str | None = None, report: Report
 ) -> Exported:
-    """Write sites as tensors of their own names, each in its stored dtype or in `dtype`.
+    """Write sites as tensors of their own names, each in its stored dtype (float32 for int8) or in `dtype`.
 
     All sites must be stored over the same shards. Raises UnknownName for a site that is not stored, InvalidInput where
     they cover different rows or `dtype` is neither float32 nor bfloat16.
@@ -73,7 +74,8 @@ def export_npy(
 
 def _dtype(source: Source, site: str, wanted: str | None) -> str:
     source.must_have_site(site)
-    chosen = wanted or str(source.sites[site]["dtype"])
+    stored = str(source.sites[site]["dtype"])
+    chosen = wanted or ("float32" if stored == QUANTISED else stored)
     if chosen not in DTYPES:
         raise InvalidInput(explain(f"The dtype {chosen!r} is not written", accepted=", ".join(DTYPES)))
     return chosen
@@ -173,7 +175,7 @@ def _write_numbers(rows: _Rows, path: Path) -> None:
 
 
 def _values(source: Source, site: str, rows: _Rows, report: Report) -> Iterator[npt.NDArray[Any]]:
-    """Yield the rows of a site that are written, shard by shard: (row, width) in the stored dtype."""
+    """Yield the rows of a site that are written, shard by shard: (row, width) in the dtype that they are read in."""
     for done, shard in enumerate(rows.shards):
         report(f"exporting {site}", done, len(rows.shards), "shards")
         yield source.reader.matrix(f"sites/{site}", shard)[rows.places(shard)]

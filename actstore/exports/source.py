@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,7 +71,7 @@ class Source:
         parts = self.index[0].select("firings", sae)
         if {shard for part in parts for shard in part.shards} != set(done):
             what = f"The index of {self.url} does not have all firings of {sae} that are stored"
-            raise MissingInput(explain(what, next_step=f"bring it up to date: actstore index {self.url}"))
+            raise MissingInput(explain(what, next_step=f"bring it up to date: actstore index {shlex.quote(self.url)}"))
 
 
 def must_be_one(what: Iterable[str], kind: str, form: str) -> str:

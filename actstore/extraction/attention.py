@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AttentionKeeper", "with_all_keys"]
 
-# Weights that are reduced at once: a function of the batch alone, never of free memory, so that results are not either.
-WEIGHTS_PER_BLOCK = 1 << 22
+# Weights that are reduced at once: a function of the batch and the type of device, never of free memory, so that
+# results are not either. CUDA's kernels have to last longer than their launch; all that is made of a block is 1 GB.
+WEIGHTS_PER_BLOCK, WEIGHTS_PER_CUDA_BLOCK = 1 << 22, 1 << 25
 KEY_BITS = {"bfloat16": 16, "float32": 29}  # of a fraction that these leave free in a float32, and in a float64
 
 
@@ -119,7 +120,8 @@ class AttentionBatch:
             kept.values[rows] = values.cpu().numpy()
 
     def _blocks(self, pattern: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        size = max(1, WEIGHTS_PER_BLOCK // (pattern.shape[1] * pattern.shape[3]))
+        n_weights = WEIGHTS_PER_CUDA_BLOCK if pattern.is_cuda else WEIGHTS_PER_BLOCK
+        size = max(1, n_weights // (pattern.shape[1] * pattern.shape[3]))
         return ((first, self.places[first : first + size]) for first in range(0, len(self.places), size))
 
 

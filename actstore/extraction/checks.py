@@ -9,14 +9,22 @@ from actstore.errors import InvalidInput, MissingInput, explain, unknown_name
 from actstore.models import LoadedModel, ModelDescription
 from actstore.progress import Report
 from actstore.recipe import SaeIdentity, refuse_same_ids
-from actstore.saes import SparseCoder, check_width
+from actstore.saes import ResolvedSae, SparseCoder, check_width
 from actstore.sites import expand_sites, parse_site
 from actstore.store import StoreFile, StoreWriter
 
 from .identity import lens_sites, neurons_of, refuse_pattern
 from .request import Request
 
-__all__ = ["check_context", "check_sites", "check_target", "check_tokenizer", "check_window", "refuse_unknown_sites"]
+__all__ = [
+    "check_context",
+    "check_sites",
+    "check_target",
+    "check_tokenizer",
+    "check_window",
+    "refuse_unknown_sites",
+    "tell_overruled",
+]
 
 
 def check_target(request: Request) -> None:
@@ -45,6 +53,13 @@ def check_target(request: Request) -> None:
                 next_step="save them to a .jsonl file first",
             )
         )
+
+
+def tell_overruled(saes: Sequence[ResolvedSae], report: Report) -> None:
+    """Report every SAE whose configuration says another site than its argument, which wins: the proof decides."""
+    for one in saes:
+        if one.overruled:
+            report(f"SAE {one.sae}: {one.overruled}", 0, None, "")
 
 
 def check_sites(request: Request, model: LoadedModel, coders: Sequence[SparseCoder], report: Report) -> None:
@@ -83,11 +98,18 @@ def refuse_unknown_sites(identity: SaeIdentity, existing: Sequence[str]) -> None
             raise unknown_name("site", site, existing, next_step="is this SAE for another model?")
 
 
-def check_context(request: Request, model: LoadedModel | ModelDescription) -> None:
-    """Raise InvalidInput where a new store's windows are longer than the model has positions."""
-    limit, context = model.facts.max_positions, request.window.context
-    is_new = not (request.out / "store.json").exists()
-    if is_new and limit is not None and context > limit:
+def check_context(request: Request, model: LoadedModel | ModelDescription, report: Report) -> None:
+    """Raise InvalidInput where a new store's windows are longer than the model has positions.
+
+    Report where they are longer than those it was trained on.
+    """
+    limit, trained, context = model.facts.max_positions, model.facts.trained_positions, request.window.context
+    if (request.out / "store.json").exists():
+        return
+    if trained is not None and context > trained:
+        what = f"windows of up to {context} tokens, and {model.facts.name} is made for {trained} positions"
+        report(f"warning: {what}: what it does beyond them may mean little (--context {trained})", 0, None, "")
+    if limit is not None and context > limit:
         raise InvalidInput(
             explain(
                 f"Windows of {context} tokens are longer than the {limit} positions of {model.facts.name}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,7 @@ from actstore.models import choose_device
 from actstore.progress import Report, silent
 from actstore.recipe import Recipe, SaeIdentity, refuse_same_ids
 from actstore.saes import (
+    ENCODERS,
     Encoder,
     NeuronEncoder,
     ResolvedSae,
@@ -26,9 +28,10 @@ from actstore.saes import (
 from actstore.sites import Site, not_stored, parse_site
 from actstore.store import FileProof, PassFile, PassWriter, StoreReader, StoreWriter, exclusive
 
+from .checks import tell_overruled
 from .directions import PROJECTED, directions_of, written_site
 from .flips import flip_checks
-from .identity import pass_id_of, refuse_again, refuse_dropped, refuse_pattern
+from .identity import pass_id_of, precision_of, refuse_again, refuse_dropped, refuse_pattern
 from .kit import sae_weight_bytes, write_feature_logits, write_sae_weights
 from .plan import Plan, check_disk, estimate
 from .planning import firings_a_row, planned_identity
@@ -91,6 +94,7 @@ def _load(request: EncodeRequest, stored: StoredSites, report: Report) -> list[E
     """Return the coders, on the device; raises where one cannot read the stored sites."""
     resolved, neurons = _resolve(request, stored), _neurons(request, stored)
     refuse_same_ids([*(one.sae for one in resolved), *(one.sae for one in neurons)])
+    tell_overruled(resolved, report)
     encoders: list[Encoder] = []
     for coder in map(load_sae, resolved):
         identity, written = coder.identity, coder.identity.write_site
@@ -98,7 +102,7 @@ def _load(request: EncodeRequest, stored: StoredSites, report: Report) -> list[E
         d_out = stored.site_width(parse_site(written)) if written else None
         check_width(coder, stored.site_width(parse_site(identity.site)), d_out)
         report(f"SAE {identity.sae}: {coder.d_sae} features of stored {identity.site}", 0, None, "")
-        encoders.append(SaeEncoder(coder, stored.device))
+        encoders.append(ENCODERS[request.sae_precision](coder, stored.device))
     return encoders + [NeuronEncoder(identity) for identity in neurons]
 
 
@@ -117,6 +121,7 @@ def _recipe(request: EncodeRequest, stored: StoredSites, coders: Sequence[SaeIde
         saes=tuple(coders),
         predictions=False,
         activation_bits=request.activation_bits,
+        sae_precision=precision_of(coders, request.sae_precision),
         encode_special=request.encode_special,
         tile_rows=largest_tile(begun.corpus.shard_rows),
         sources=sources,
@@ -157,7 +162,7 @@ def _prepare(beginning: _Beginning) -> None:
         writer.add_to_kit(pass_id, pieces)
     pending = passing.pending() if passing else range(writer.layout.n_shards)
     if passing and not pending:
-        refuse_dropped(passing, f"encode it alone: actstore encode {writer.root} SAE")
+        refuse_dropped(passing, f"encode it alone: actstore encode {shlex.quote(str(writer.root))} SAE")
         return
     n_rows = int(encoder.stored.reader.rows_used[list(pending)].sum())
     plan = _estimate(request, encoder.stored, encoder.recipe, n_rows, len(pending))

@@ -55,7 +55,8 @@ def _extracted(encoder: ShardEncoder, identity: SaeIdentity, shards: Sequence[in
     reader = encoder.stored.reader
     for row in reader.saes:
         recipe = Recipe.from_json(reader.passes[row["pass"]].recipe)
-        same = any(coder.sae == row["sae"] and _is_same(coder, identity) for coder in recipe.saes)
+        same = recipe.sae_precision == encoder.recipe.sae_precision
+        same &= any(coder.sae == row["sae"] and _is_same(coder, identity) for coder in recipe.saes)
         done = reader.done(f"firings/{row['sae']}")
         both = next((shard for shard in shards if shard in done), None)
         if same and not recipe.sources and both is not None:

@@ -10,7 +10,7 @@ from actstore.corpus import TokenizerHandle
 from actstore.errors import InvalidInput, RecipeMismatch, explain
 from actstore.models import LoadedModel, ModelDescription
 from actstore.recipe import CorpusIdentity, ModelIdentity, Recipe, SaeIdentity
-from actstore.saes import expand_neurons
+from actstore.saes import NEURONS, expand_neurons
 from actstore.sites import Site, expand_sites, parse_site
 from actstore.store import Layout, PassFile, PassWriter, StoreFile
 
@@ -24,12 +24,14 @@ __all__ = [
     "make_recipe",
     "neurons_of",
     "pass_id_of",
+    "precision_of",
     "refuse_again",
     "refuse_dropped",
     "refuse_pattern",
 ]
 
 PASS_DIGITS = 16
+MOST_TOLD = 4  # fields in which recipes differ
 
 
 def pass_id_of(recipe: Recipe) -> str:
@@ -107,12 +109,18 @@ def make_recipe(
         compute_dtype=compute_dtype,
         storage_dtype=request.storage_dtype or compute_dtype,
         activation_bits=request.activation_bits,
+        sae_precision=precision_of(coders, request.sae_precision),
         encode_special=request.encode_special,
         tile_rows=largest_tile(corpus.shard_rows),
         attention_top=request.attention_top,
         attention_min=request.attention_min if request.attention_top else Recipe.attention_min,
     )
     return _without_repeating(recipe, layout) if request.into and request.predictions is None else recipe
+
+
+def precision_of(coders: Iterable[SaeIdentity], asked: str) -> str:
+    """Return the precision that a recipe names: the one asked for, where a coder has weights to multiply with."""
+    return asked if any(coder.architecture != NEURONS for coder in coders) else Recipe.sae_precision
 
 
 def refuse_pattern(coder: SaeIdentity) -> None:
@@ -172,13 +180,31 @@ def _refuse_other_store(recipe: Recipe, store: StoreFile, layout: Layout) -> Non
 def _mismatch(stored: Recipe, asked: Recipe, next_step: str, *, only: set[str] | None = None) -> RecipeMismatch:
     """Return the error that lists the fields in which two recipes differ."""
     differing = {key: pair for key, pair in stored.differences(asked).items() if only is None or key in only}
-    shown = "; ".join(f"{key}: stored {_short(old)}, asked {_short(new)}" for key, (old, new) in differing.items())
-    return RecipeMismatch(explain(f"The store was made by another recipe ({shown})", next_step=next_step))
+    told = [f"{key}: {_told(old, new)}" for key, (old, new) in differing.items()]
+    more = f"; and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
+    shown = "; ".join(told[:MOST_TOLD]) + more
+    what = f"The store was made by another recipe, stored → asked: {shown}"
+    return RecipeMismatch(explain(what, next_step=next_step))
+
+
+def _told(stored: Any, asked: Any) -> str:
+    """Return how a field differs; of lists and of SAEs only what is not in both."""
+    if isinstance(stored, list) and isinstance(asked, list):
+        left, right = [one for one in stored if one not in asked], [one for one in asked if one not in stored]
+        return f"{_short(left)} → {_short(right)}"
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        names = [name for name in stored | asked if stored.get(name) != asked.get(name)]
+        return ", ".join(f"{name} {_short(stored.get(name))} → {_short(asked.get(name))}" for name in names[:2])
+    return f"{_short(stored)} → {_short(asked)}"
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "there"
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:3])) + (f" and {len(value) - 3} more" if len(value) > 3 else "") or "nothing"
     text = "none" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return text if len(text) <= 24 else text[:12] + "…"
 
 
 def refuse_again(made: PassFile, layout: Layout) -> None:

@@ -28,6 +28,7 @@ from .planning import estimate_of
 from .proof import prove_saes
 from .proof_rows import RowsOfModel
 from .request import DEFAULT_BATCH_TOKENS, DEFAULT_SHARD_ROWS, Request
+from .rounding import rounding_checks
 from .specs import firings_of, matrices_of
 
 __all__ = ["Opening"]
@@ -133,7 +134,7 @@ class Opening:
             firings=firings,
             kit=self._kit(recipe),
             files=write_feature_logits(request.out, self.model.unembedding(), self._directions()),
-            health=tuple(check.to_json() for check in (*model_checks, *sae_checks)),
+            health=tuple(check.to_json() for check in (*model_checks, *sae_checks, *rounding_checks(rows, recipe))),
         )
         writer.begin_pass(identity.pass_id_of(recipe), made)
 

@@ -17,9 +17,12 @@ __all__ = ["BYTES_PER_FIRING", "BYTES_PER_INDEX_FIRING", "Plan", "Size", "check_
 # A little above what benchmarks/extract.py and benchmarks/query.py print: see docs/benchmarks.md.
 BYTES_PER_FIRING = 3.5
 BYTES_PER_INDEX_FIRING = 4.3
+BYTES_PER_SCALE = 0.8  # compressed, of float32: benchmarks/storage.py
 BYTES_PER_INDEX_ROW = {"predictions": 19.0, "reconstruction": 11.0}
 BYTES_PER_INDEX_LENS = 20.0, 12.0  # a row, and each of its k tokens
 BYTES_PER_INDEX_ATTENTION = 8.0, 5.2  # a row of a head, and each of its k keys, if all are heavy enough
+BYTES_PER_FEATURE = 100.0, 1000.0  # the tokens that it raises and lowers most, and its statistics in the index
+PATTERN_SHARE = 0.5  # of a pattern's bytes: no token looks ahead, and zeros compress to nothing
 BYTES_PER_TOKEN = 24.0, 16.0  # of the corpus: tokens and text, and their index
 ASSUMED_L0 = 100.0  # where a source does not declare one: what Gemma Scope's canonical SAEs aim at
 DISK_SHARE = 0.9
@@ -35,7 +38,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows, shards and bytes of an extraction; dense arrays are counted uncompressed."""
+    """Rows, shards and bytes of an extraction; dense arrays are counted uncompressed, scales apart."""
 
     n_documents: int
     n_rows: int
@@ -77,16 +80,23 @@ def estimate(
         sizes["corpus"] = n_rows * BYTES_PER_TOKEN[0]
         index += n_rows * BYTES_PER_TOKEN[1]
     for spec in matrices:
-        item_bytes = 2 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).itemsize
-        n_bytes = n_rows * math.prod(spec.row_shape) * item_bytes
+        n_bytes = n_rows * math.prod(spec.row_shape) * _item_bytes(spec)
         sizes[artifact_of(spec.path)] = sizes.get(artifact_of(spec.path), 0) + n_bytes
     for one in firings:
         n_firings = n_rows * (l0.get(one.sae) or ASSUMED_L0)
-        sizes[f"firings/{one.sae}"] = sizes.get(f"firings/{one.sae}", 0) + n_firings * BYTES_PER_FIRING
-        index += n_firings * BYTES_PER_INDEX_FIRING
+        n_bytes = n_firings * BYTES_PER_FIRING + one.n_features * BYTES_PER_FEATURE[0]
+        sizes[f"firings/{one.sae}"] = sizes.get(f"firings/{one.sae}", 0) + n_bytes
+        index += n_firings * BYTES_PER_INDEX_FIRING + one.n_features * BYTES_PER_FEATURE[1]
     artifacts = tuple(Size(name, int(n_bytes)) for name, n_bytes in sizes.items())
     edges = sum(math.prod(spec.row_shape) for spec in matrices if _is_edges(spec))
     return Plan(n_documents, n_rows, n_shards, artifacts, int(index), kit_bytes, free_bytes(out), edges)
+
+
+def _item_bytes(spec: MatrixSpec) -> float:
+    if spec.path.startswith("scales/"):
+        return BYTES_PER_SCALE
+    item_bytes = 2 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).itemsize
+    return item_bytes * (PATTERN_SHARE if spec.path.startswith("sites/pattern.") else 1)
 
 
 def _index_bytes_a_row(spec: MatrixSpec) -> float:
@@ -118,6 +128,6 @@ def check_disk(plan: Plan, *, force: bool) -> None:
                 f"The extraction would take about {plan.total_bytes / 1e9:.1f} GB "
                 f"(most: {largest.artifact}, {largest.n_bytes / 1e9:.1f} GB); {plan.free_bytes / 1e9:.1f} GB are free",
                 accepted=f"at most {DISK_SHARE:.0%} of the free disk",
-                next_step="ask for fewer sites, --max-tokens, --storage-dtype bfloat16, another disk, or add --force",
+                next_step="ask for fewer sites, --max-tokens, --storage-dtype int8, another disk, or add --force",
             )
         )

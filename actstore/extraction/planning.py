@@ -10,7 +10,7 @@ from actstore.recipe import CorpusIdentity, ModelIdentity, Recipe, SaeIdentity
 from actstore.saes import NEURONS, ResolvedSae, expand_sae_arguments, sae_sizes, without_neurons
 from actstore.store import Layout, StoreReader
 
-from .checks import check_context, check_tokenizer, refuse_unknown_sites
+from .checks import check_context, check_tokenizer, refuse_unknown_sites, tell_overruled
 from .corpus import count_rows
 from .identity import make_recipe, neurons_of
 from .kit import kit_bytes
@@ -28,19 +28,19 @@ def plan_extraction(request: Request, report: Report = silent) -> Plan:
     model = describe_model(request.model, revision=request.revision)
     tokenizer = tokenizer_of(request)
     check_tokenizer(tokenizer, model)
-    check_context(request, model)
+    check_context(request, model, report)
     if request.into or (request.dataset is None and request.append is None):
-        return _plan_over_stored(request, model, tokenizer)
+        return _plan_over_stored(request, model, tokenizer, report)
     window, shard_rows = request.window, request.shard_rows or DEFAULT_SHARD_ROWS
     if request.append is not None:
         store = StoreReader(request.out).store
         window, shard_rows = Window(store.context, store.stride), store.shard_rows
-    recipe = _draft(request, model, tokenizer, window, shard_rows, Layout())
+    recipe = _draft(request, model, tokenizer, window, shard_rows, Layout(), report)
     n_documents, n_rows, n_shards = count_rows(request, tokenizer, window, shard_rows, report)
     return estimate_of(request, model, recipe, n_documents, n_rows, n_shards, with_corpus=True)
 
 
-def _plan_over_stored(request: Request, model: ModelDescription, tokenizer: TokenizerHandle) -> Plan:
+def _plan_over_stored(request: Request, model: ModelDescription, tokenizer: TokenizerHandle, report: Report) -> Plan:
     """Return the plan of a further pass over a corpus that is stored."""
     if not (request.out / "store.json").exists():
         raise MissingInput(
@@ -48,7 +48,7 @@ def _plan_over_stored(request: Request, model: ModelDescription, tokenizer: Toke
         )
     reader = StoreReader(request.out)
     store, layout = reader.store, reader.layout
-    recipe = _draft(request, model, tokenizer, Window(store.context, store.stride), store.shard_rows, layout)
+    recipe = _draft(request, model, tokenizer, Window(store.context, store.stride), store.shard_rows, layout, report)
     return estimate_of(request, model, recipe, layout.n_docs, layout.n_rows, layout.n_shards)
 
 
@@ -59,6 +59,7 @@ def _draft(
     window: Window,
     shard_rows: int,
     layout: Layout,
+    report: Report,
 ) -> Recipe:
     facts = model.facts
     corpus = CorpusIdentity(
@@ -78,7 +79,9 @@ def _draft(
         weights_digest=UNKNOWN,
     )
     files = without_neurons(request.saes)
-    saes = [planned_identity(one) for one in expand_sae_arguments(files, allow_pt=request.allow_pt)]
+    resolved = expand_sae_arguments(files, allow_pt=request.allow_pt)
+    tell_overruled(resolved, report)
+    saes = [planned_identity(one) for one in resolved]
     existing = [str(site) for site in model.sites()]
     for coder in saes:
         refuse_unknown_sites(coder, existing)

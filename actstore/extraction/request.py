@@ -8,7 +8,7 @@ from typing import Any
 
 from actstore.corpus import Window
 from actstore.errors import InvalidInput, explain
-from actstore.recipe import NOTHING_ASKED
+from actstore.recipe import NOTHING_ASKED, SAE_PRECISIONS
 
 __all__ = ["EncodeRequest", "Request"]
 
@@ -48,6 +48,7 @@ class Request:
     device: str = "auto"
     device_map: str | None = None
     activation_bits: int = 10
+    sae_precision: str = "float32"
     encode_special: bool = False
     shard_rows: int | None = None
     batch_tokens: int | None = None
@@ -60,9 +61,9 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out).expanduser())
-        if not (self.sites or self.saes or self.lens_k or self.attention_top):
+        if not (self.sites or self.saes or self.lens_k or self.attention_top or self.predictions):
             raise InvalidInput(NOTHING_ASKED)
-        _check_firings(self.activation_bits, self.neurons_top)
+        _check_firings(self.activation_bits, self.neurons_top, self.sae_precision)
         if self.attention_top < 0 or not 0 <= self.attention_min <= 1:
             raise InvalidInput(
                 explain(
@@ -97,6 +98,7 @@ class EncodeRequest:
     neurons_top: int = 64
     sae_weights: bool = True
     activation_bits: int = 10
+    sae_precision: str = "float32"
     encode_special: bool = False
     device: str = "auto"
     mixed: bool = False
@@ -109,15 +111,17 @@ class EncodeRequest:
         if not self.saes:
             accepted = "[ID=]SOURCE[@SITE], such as a folder, neurons:mlp_act.5 or saelens:release/sae_id"
             raise InvalidInput(explain("No SAE was given to encode with", accepted=accepted))
-        _check_firings(self.activation_bits, self.neurons_top)
+        _check_firings(self.activation_bits, self.neurons_top, self.sae_precision)
 
 
-def _check_firings(activation_bits: int, neurons_top: int) -> None:
+def _check_firings(activation_bits: int, neurons_top: int, sae_precision: str) -> None:
     """Raise InvalidInput for numbers by which no firing can be stored."""
     if not 1 <= activation_bits <= MAX_ACTIVATION_BITS:
         raise InvalidInput(
             explain(f"--activation-bits {activation_bits} is out of range", accepted="1 to 23 (23 keeps all)")
         )
+    if sae_precision not in SAE_PRECISIONS:
+        raise InvalidInput(explain(f"--sae-precision is {sae_precision!r}", accepted=" or ".join(SAE_PRECISIONS)))
     if neurons_top < 1:
         raise InvalidInput(
             explain(

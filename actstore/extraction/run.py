@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+
 from actstore.models import load_model, prove
 from actstore.progress import Report, silent
-from actstore.saes import Encoder, NeuronEncoder, SaeEncoder, expand_sae_arguments, load_sae, without_neurons
+from actstore.saes import ENCODERS, Encoder, NeuronEncoder, expand_sae_arguments, load_sae, without_neurons
 from actstore.store import PassWriter, StoreWriter, exclusive
 
-from .checks import check_context, check_sites, check_target, check_tokenizer
+from .checks import check_context, check_sites, check_target, check_tokenizer, tell_overruled
 from .identity import neurons_of, pass_id_of, refuse_dropped
 from .opening import Opening
 from .planning import tokenizer_of
@@ -27,7 +29,9 @@ def extract(request: Request, report: Report = silent) -> Outcome:
     """
     check_target(request)
     files = without_neurons(request.saes)
-    coders = [load_sae(one) for one in expand_sae_arguments(files, allow_pt=request.allow_pt)]
+    resolved = expand_sae_arguments(files, allow_pt=request.allow_pt)
+    tell_overruled(resolved, report)
+    coders = [load_sae(one) for one in resolved]
     model = load_model(
         request.model,
         revision=request.revision,
@@ -36,10 +40,10 @@ def extract(request: Request, report: Report = silent) -> Outcome:
         device_map=request.device_map,
     )
     check_sites(request, model, coders, report)
-    check_context(request, model)
+    check_context(request, model, report)
     tokenizer = tokenizer_of(request)
     check_tokenizer(tokenizer, model)
-    encoders: list[Encoder] = [SaeEncoder(coder, model.device) for coder in coders]
+    encoders: list[Encoder] = [ENCODERS[request.sae_precision](coder, model.device) for coder in coders]
     encoders += [NeuronEncoder(identity) for identity in neurons_of(request, model)]
     opening = Opening(request, model, tokenizer, encoders, report)
     StoreWriter.prepare(request.out)
@@ -61,7 +65,7 @@ def _prepare_pass(opening: Opening, writer: StoreWriter, runner: ShardRunner) ->
     pass_id, new = pass_id_of(runner.recipe), pass_id_of(runner.recipe) not in writer.layout.passes
     pending = range(writer.layout.n_shards) if new else PassWriter(writer, pass_id).pending()
     if not pending:
-        again = f"ask for it alone: actstore extract MODEL --into {writer.root} …"
+        again = f"ask for it alone: actstore extract MODEL --into {shlex.quote(str(writer.root))} …"
         refuse_dropped(PassWriter(writer, pass_id), again)
         opening.complete_kit(writer, runner.recipe)
         return

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actstore.blocks import ShardBlock, TokenShard
+from actstore.blocks import ShardBlock, TokenShard, scales_path
 from actstore.models import LoadedModel
-from actstore.recipe import Recipe
+from actstore.quantised import quantise
+from actstore.recipe import QUANTISED, Recipe
 from actstore.saes import Encoder
 from actstore.sites import Site, parse_site
 
@@ -100,7 +101,7 @@ class ShardRunner:
         self._attention = AttentionKeeper(shard, self.recipe.attention_top) if self.recipe.attention_top else None
         with self.watch.measuring("forward", self.device):
             splits = self.capture(shard, self.captured())
-        coming = {f"sites/{name}": self._stored(parse_site(name)) for name in self.recipe.sites}
+        coming = {path: one for name in self.recipe.sites for path, one in self._stored(parse_site(name)).items()}
         with self.watch.measuring("encode", self.device):
             firings = {
                 one.identity.sae: start_encoding(one, self._buffers, shard, self.recipe) for one in self.encoders
@@ -174,10 +175,15 @@ class ShardRunner:
 
         self.model.capture(torch.from_numpy(batch.token_ids).to(device), mask, sites, deposit)
 
-    def _stored(self, site: Site) -> Coming:
+    def _stored(self, site: Site) -> dict[str, Coming]:
+        """Return a site's matrices by their paths: its rows in the storage dtype, and their scales where it has any."""
         import torch
 
-        return fetch(self._buffers[site].to(getattr(torch, self.recipe.storage_dtype)))
+        path = f"sites/{site}"
+        if self.recipe.storage_dtype == QUANTISED:
+            values, scales = quantise(self._buffers[site])
+            return {path: fetch(values), scales_path(path): fetch(scales)}
+        return {path: fetch(self._buffers[site].to(getattr(torch, self.recipe.storage_dtype)))}
 
     def _read_out(self, shard: TokenShard) -> dict[str, Coming]:
         sites = {name: self._buffers[parse_site(name)] for name in self.recipe.lens_sites}

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from actstore.blocks import FLAG_SPECIAL, RowFirings, ShardBlock, TokenShard
 from actstore.recipe import Recipe
-from actstore.saes import Encoder, round_mantissa
+from actstore.saes import EncodedTile, Encoder, round_mantissa
 from actstore.sites import Site, parse_site
 
 from .fetching import Coming, fetch
@@ -19,9 +19,19 @@ from .fetching import Coming, fetch
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Encoding", "encode_shard", "finished_block", "largest_tile", "sites_of", "start_encoding", "with_filler"]
+__all__ = [
+    "Encoding",
+    "encode_shard",
+    "encoded_in_slots",
+    "finished_block",
+    "largest_tile",
+    "sites_of",
+    "start_encoding",
+    "with_filler",
+]
 
 TILE_ROWS = 1024
+SLOTS_PER_ROW = 512  # a CUDA tile's room for firings; few coders have more, and those lose only time
 
 Encoding = Callable[[], tuple[RowFirings, npt.NDArray[np.float32]]]
 """Waits for a shard's firings and RECONSTRUCTION_VALUES, as `encode_shard` returns them."""
@@ -58,13 +68,29 @@ def start_encoding(encoder: Encoder, rows: Mapping[Site, torch.Tensor], shard: T
     if not recipe.encode_special:
         listed = listed & (shard.column("flags") & FLAG_SPECIAL == 0)
     valid = torch.from_numpy(listed).to(values.device)
-    tiles = [
-        encoder.encode(*(one[first : first + recipe.tile_rows] for one in (values, valid, *targets)))
+    cut = [
+        [one[first : first + recipe.tile_rows] for one in (values, valid, *targets)]
         for first in range(0, shard.n_rows, recipe.tile_rows)
     ]
+    tiles = encoded_in_slots(encoder, cut, SLOTS_PER_ROW) if values.is_cuda else [encoder.encode(*one) for one in cut]
     fields = ("counts", "features", "activations", "reconstruction")
     coming = [fetch(torch.cat([getattr(tile, name) for tile in tiles])) for name in fields]
     return partial(_finished, coming, shard, recipe.activation_bits)
+
+
+def encoded_in_slots(encoder: Encoder, cut: Sequence[Sequence[torch.Tensor]], slots_per_row: int) -> list[EncodedTile]:
+    """Encode tiles, each its rows, which of them are listed, and targets; the host waits once, with all under way.
+
+    A tile of more firings than `slots_per_row` times its rows is encoded a second time: that changes no result.
+    """
+    import torch
+
+    tiles = [encoder.encode(*one, n_slots=slots_per_row * len(one[0])) for one in cut]
+    numbers = torch.stack([torch.stack([tile.n_found, tile.counts.sum()]) for tile in tiles]).tolist() if tiles else []
+    return [
+        tile.first(n_listed) if n_found <= len(tile.features) else encoder.encode(*one)
+        for tile, one, (n_found, n_listed) in zip(tiles, cut, numbers, strict=True)
+    ]
 
 
 def _finished(coming: Sequence[Coming], shard: TokenShard, bits: int) -> tuple[RowFirings, npt.NDArray[np.float32]]:

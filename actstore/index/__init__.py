@@ -1,13 +1,18 @@
 """The index: immutable DuckDB parts derived from the store's truth, and the limited path by which SQL reads them."""
 
-from .build import Progress, build_index
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .catalog import CURRENT, EMPTY, Catalog, Cover, Part, load_catalog, read_catalog
-from .compaction import MAX_PARTS, compact
 from .connection import Answer, Connection, open_index, plain_connection
 from .functions import SqlFunction
 from .schema import TABLES
 from .source import Segment, Source
-from .upkeep import find_orphans, gc_index, verify_index
+
+if TYPE_CHECKING:
+    from .build import Progress, build_index
+    from .compaction import MAX_PARTS, compact
+    from .upkeep import find_orphans, gc_index, verify_index
 
 __all__ = [
     "CURRENT",
@@ -33,3 +38,20 @@ __all__ = [
     "read_catalog",
     "verify_index",
 ]
+
+# What only builds is imported when it is asked for: a question needs none of it, and waits for its imports.
+_LATE = {
+    "Progress": "build",
+    "build_index": "build",
+    "MAX_PARTS": "compaction",
+    "compact": "compaction",
+    "find_orphans": "upkeep",
+    "gc_index": "upkeep",
+    "verify_index": "upkeep",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LATE[name]}", __name__), name)

@@ -20,7 +20,7 @@ from actstore.sealed import digest_of, sha256_hex
 
 from .catalog import Catalog, Cover, Lock, Names, Part, publish, read_catalog
 from .compaction import MAX_PARTS, compact_parts
-from .feature_parts import content_of_features, write_features
+from .feature_parts import Block, Summary, content_of_features, write_features
 from .firing_parts import write_firings
 from .parts import PartWriter, Workshop
 from .row_tables import RowJob, row_jobs
@@ -143,24 +143,29 @@ class _Build:
         return self.workshop.finish(job.kind, job.subject, writer, [Cover.of(done, shards)])
 
     def _sae(self, sae: str, width: int, compact: bool) -> Iterator[Part]:
-        firings = self._compacted(list(self._firings(sae, width)), compact)
+        parts, known = self._firings(sae, width)
+        firings = self._compacted(parts, compact)
         yield from firings
         logits = self.source.feature_logits(sae)
         if not firings and logits is None:
             return
         content = content_of_features(firings, logits)
         present = [part for part in self.before.select("features", sae) if part.facts.get("content") == content]
-        yield present[0] if present else write_features(self.workshop, sae, width, firings, logits)
+        yield present[0] if present else write_features(self.workshop, sae, width, firings, logits, known)
 
-    def _firings(self, sae: str, width: int) -> Iterator[Part]:
+    def _firings(self, sae: str, width: int) -> tuple[list[Part], Sequence[Summary | Block]]:
+        """Return the firings parts, and what `features` says of them where one new part is all there is."""
         done = self.done(f"firings/{sae}")
-        kept, missing = self._present("firings", sae, done)
-        yield from kept
-        n_done = 0
-        for part in write_firings(self.workshop, self.source, sae, width, {shard: done[shard] for shard in missing}):
+        parts, missing = self._present("firings", sae, done)
+        n_done, known = 0, []
+        for part, summaries in write_firings(
+            self.workshop, self.source, sae, width, {one: done[one] for one in missing}
+        ):
             n_done += len(part.shards)
             self.progress(f"firings {sae}", n_done, len(missing))
-            yield part
+            known = [] if parts else summaries
+            parts.append(part)
+        return parts, known
 
     def _compacted(self, parts: list[Part], compact: bool) -> list[Part]:
         return compact_parts(self.workshop, parts) if compact and len(parts) > MAX_PARTS else parts

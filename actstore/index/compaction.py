@@ -6,13 +6,17 @@ is new. Firings are joined feature block by feature block, never by one ORDER BY
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import chain, groupby
 from pathlib import Path
+
+import duckdb
 
 from .attaching import attach_parts
 from .catalog import Catalog, Cover, Lock, Names, Part, publish, read_catalog
-from .feature_parts import attach_firings, block_firings, feature_blocks
+from .engine import translate_building
+from .feature_parts import Block, attach_firings, block_firings, feature_blocks, fetch_firings, sorted_firings
+from .firing_blocks import Firings, append_firings, firing_types
 from .parts import PartWriter, Workshop
 from .schema import PART_TABLES, quote_name
 
@@ -64,19 +68,36 @@ def _join_rows(workshop: Workshop, parts: Sequence[Part]) -> Part:
 
 def _join_firings(workshop: Workshop, parts: Sequence[Part]) -> Part:
     half = all(part.facts["activation"] == "half" for part in parts)
-    with workshop.writing("firings", _stem(parts), activation="USMALLINT" if half else "FLOAT") as writer:
-        _append_firings(writer, workshop, parts, half)
+    with workshop.database(workshop.directory / _stem(parts)) as reading:
+        attach_firings(reading, workshop, parts, coded=half)
+        n_features, n_marked = _count_firings(reading)
+        types = firing_types(half, sum(part.n_rows for part in parts), n_features, n_marked)
+        with workshop.writing("firings", _stem(parts), **types) as writer:
+            _append_firings(writer, reading, n_features, block_firings(workshop))
     plain_rows = sum(int(part.facts["plain_rows"]) for part in parts)
     facts = {"activation": "half" if half else "float", "plain_rows": plain_rows}
     return workshop.finish("firings", parts[0].subject, writer, _covers(parts), facts)
 
 
-def _append_firings(writer: PartWriter, workshop: Workshop, parts: Sequence[Part], half: bool) -> None:
-    attach_firings(writer.connection, workshop, parts, coded=half)
-    (n_features,) = writer.connection.execute("SELECT coalesce(max(feature) + 1, 0) FROM firings").fetchone() or (0,)
-    for block in feature_blocks(writer.connection, n_features, block_firings(workshop), where="true"):
-        where = f"feature >= {block.first} AND feature < {block.end}"
-        writer.append_query("firings", f"SELECT * FROM firings WHERE {where} ORDER BY feature, row")
+def _count_firings(reading: duckdb.DuckDBPyConnection) -> tuple[int, int]:
+    """Return the number of features up to the last that fires, and of firings on rows that are not plain."""
+    query = "SELECT coalesce(max(feature) + 1, 0), count(*) FILTER (NOT plain) FROM firings"
+    with translate_building("the joined part"):
+        n_features, n_marked = reading.execute(query).fetchone() or (0, 0)
+    return int(n_features), int(n_marked)
+
+
+def _append_firings(writer: PartWriter, reading: duckdb.DuckDBPyConnection, n_features: int, max_firings: int) -> None:
+    blocks = feature_blocks(reading, n_features, max_firings, where="true")
+    append_firings(writer, chain.from_iterable(_ordered(reading, block, max_firings) for block in blocks))
+
+
+def _ordered(reading: duckdb.DuckDBPyConnection, block: Block, max_firings: int) -> Iterator[Firings]:
+    """Yield the firings of a block in order: at once, or those of a feature that exceeds a block as DuckDB spills."""
+    if block.n_firings <= max_firings:
+        yield fetch_firings(reading, block).ordered()
+    else:
+        yield from sorted_firings(reading, block, max_firings)
 
 
 def _stem(parts: Sequence[Part]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,9 +19,10 @@ from .catalog import Catalog, Part
 from .engine import REMAKE, in_memory, reading_error
 from .functions import Raised, SqlFunction, register
 from .late import call_late
+from .narrowing import Place, find_places, narrow
 from .schema import TABLES, create_table, quote_name
-from .statements import Statement, check_statement
-from .views import LABELS, view_queries
+from .statements import check_statement
+from .views import LABELS, NARROWED, Attached, of_sae, view_query
 
 __all__ = ["Answer", "Connection", "Labels", "open_index", "plain_connection"]
 
@@ -31,6 +33,7 @@ Locate = Callable[[str], Path]
 # Files first: DuckDB could otherwise be told to overwrite or detach the parts that it has open. What locks comes last.
 _LOCKS = ("enable_external_access=false", "disabled_filesystems='LocalFileSystem'", "lock_configuration=true")
 _BATCH_ROWS = 65_536
+_STATEMENTS_CACHED = 256
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,12 @@ def open_index(
     """
     raised = Raised()
     config = {"memory_limit": memory_limit} | ({"threads": threads} if threads else {})
-    root = _prepare(in_memory(**config), catalog, locate, functions, labels, raised)
+    given = list(labels)
+    root = in_memory(**config)
+    attached = _prepare(root, catalog, locate, functions, given, raised)
     for setting in _LOCKS:
         root.execute(f"SET {setting}")
-    return Connection(root, raised, (function.name for function in functions))
+    return Connection(root, raised, (function.name for function in functions), Narrowed(attached, given))
 
 
 def plain_connection(
@@ -71,16 +76,47 @@ def plain_connection(
 
     It is its owner's: files, settings and new tables are allowed, the parts stay read-only as far as DuckDB keeps them.
     """
-    return _prepare(duckdb.connect(":memory:"), catalog, locate, functions, labels, Raised())
+    connection = duckdb.connect(":memory:")
+    _prepare(connection, catalog, locate, functions, list(labels), Raised())
+    return connection
+
+
+class Narrowed:
+    """The queries of tables over the parts of one SAE alone, made when they are first asked for."""
+
+    def __init__(self, attached: Attached, labels: Labels) -> None:
+        saes = {part.subject for _, part in attached if part.kind in ("firings", "features", "reconstruction")}
+        self._parts = {sae: of_sae(attached, sae) for sae in saes}
+        self._labelled = {sae for sae, _, _ in labels}
+        self.query = lru_cache(None)(self._query)
+
+    def _query(self, table: str, sae: str) -> str | None:
+        if sae not in self._parts:
+            return None
+        return view_query(table, self._parts[sae], labelled=sae in self._labelled)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A statement that was found to be only reading: the text to execute, and where it may be narrowed."""
+
+    text: str
+    places: tuple[Place, ...]
 
 
 class Connection:
     """A read-only connection that any thread may use; each call has a cursor of its own."""
 
-    def __init__(self, root: duckdb.DuckDBPyConnection, raised: Raised, functions: Iterable[str]) -> None:
+    def __init__(
+        self, root: duckdb.DuckDBPyConnection, raised: Raised, functions: Iterable[str], narrowed: Narrowed
+    ) -> None:
         self._root = root
         self._raised = raised
         self._functions = frozenset(functions)
+        self._narrowed = narrowed
+        # What a text is found to be depends on nothing else; a text that is refused is looked at again.
+        self._checked = lru_cache(_STATEMENTS_CACHED)(self._check)
+        self._parsed = lru_cache(_STATEMENTS_CACHED)(self._parse)
 
     def sql(self, text: str, parameters: Parameters = None, *, limit: int | None = None) -> Answer:
         """Return what one statement says, at most `limit` rows of it; whole decimals that fit are int64.
@@ -105,11 +141,11 @@ class Connection:
         self, text: str, parameters: Parameters = None, *, batch_rows: int = _BATCH_ROWS
     ) -> pa.RecordBatchReader:
         """Return what one statement says as a stream of batches; otherwise as `sql`. Close it or read it to its end."""
+        checked = self._checked(text)
         cursor = self._root.cursor()
-        statement = check_statement(cursor, text)
         with self._translated():
-            relation = cursor.sql(self._late(cursor, statement), params=_bound(parameters))
-            reader = relation.to_arrow_reader(batch_rows)
+            narrowed = narrow(checked.text, checked.places, parameters, self._narrowed.query)
+            reader = cursor.sql(self._parsed(narrowed), params=_bound(parameters)).to_arrow_reader(batch_rows)
         return pa.RecordBatchReader.from_batches(reader.schema, self._batches(cursor, reader))
 
     def close(self) -> None:
@@ -122,13 +158,20 @@ class Connection:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _late(self, cursor: duckdb.DuckDBPyConnection, statement: Statement) -> str:
-        """Return the text that calls functions late, where there is one that the check accepts as well."""
-        if statement.select is not None:
-            text = call_late(statement.text, statement.select, statement.nodes, self._functions)
-            with suppress(QueryError):
-                return check_statement(cursor, text).text if text else statement.text
-        return statement.text
+    def _check(self, text: str) -> Checked:
+        """Return what to execute: with functions called late, where the check accepts that text as well."""
+        with self._root.cursor() as cursor:
+            statement = check_statement(cursor, text)
+            if statement.select is not None:
+                late = call_late(statement.text, statement.select, statement.nodes, self._functions)
+                with suppress(QueryError):
+                    statement = check_statement(cursor, late) if late else statement
+        places = () if statement.select is None else find_places(statement.text, statement.nodes, NARROWED)
+        return Checked(statement.text, places)
+
+    def _parse(self, text: str) -> duckdb.Statement:
+        (statement,) = self._root.extract_statements(text)
+        return statement
 
     def _batches(self, cursor: duckdb.DuckDBPyConnection, reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
         try:
@@ -164,18 +207,19 @@ def _prepare(
     catalog: Catalog,
     locate: Locate,
     functions: Sequence[SqlFunction],
-    labels: Labels,
+    labels: Collection[tuple[str, int, str]],
     raised: Raised,
-) -> duckdb.DuckDBPyConnection:
+) -> Attached:
+    """Attach the parts and make tables and functions; return the parts with their aliases."""
     attached = attach_parts(connection, catalog.parts, lambda part: _present(locate(part.name), part))
     refuse_callables(connection, attached)
     for function in functions:
         register(connection, function, raised)
     _add_labels(connection, labels)
-    for table, query in view_queries(attached).items():
-        columns = ", ".join(map(quote_name, TABLES[table]))
-        connection.execute(f"CREATE VIEW {quote_name(table)} AS SELECT {columns} FROM ({query})")
-    return connection
+    for table in TABLES:
+        query = view_query(table, attached, labelled=bool(labels))
+        connection.execute(f"CREATE VIEW {quote_name(table)} AS {query}")
+    return attached
 
 
 def _present(path: Path, part: Part) -> Path:
@@ -187,11 +231,11 @@ def _present(path: Path, part: Part) -> Path:
     return path
 
 
-def _add_labels(connection: duckdb.DuckDBPyConnection, labels: Labels) -> None:
+def _add_labels(connection: duckdb.DuckDBPyConnection, labels: Collection[tuple[str, int, str]]) -> None:
     columns = {"sae": "VARCHAR", "feature": "INTEGER", "label": "VARCHAR"}
     connection.execute("CREATE SCHEMA internal")
     connection.execute(create_table(LABELS, columns))
-    saes, features, texts = zip(*given, strict=True) if (given := list(labels)) else ((), (), ())
+    saes, features, texts = zip(*labels, strict=True) if labels else ((), (), ())
     # Bound as lists: registering a table would import pandas, which costs more than all the rest of opening.
     values = "unnest(?::VARCHAR[]), unnest(?::INTEGER[]), unnest(?::VARCHAR[])"
     connection.execute(f"INSERT INTO {LABELS} SELECT {values}", [list(saes), list(features), list(texts)])

@@ -1,13 +1,15 @@
-"""The part of an SAE's features: statistics, examples and logits, from its firings parts.
+"""The part of an SAE's features: statistics, examples and logits, from its firings.
 
-Firings are read back in blocks of whole features, so that memory does not grow with the corpus; a feature that alone
-exceeds a block is counted and ranked by DuckDB, which spills.
+Where all firings come in one range they are summarised on their way into its part (`firing_parts`). Else they are read
+back in blocks of whole features, so that memory does not grow with the corpus; a feature that alone exceeds a block is
+counted and ranked by DuckDB, which spills.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -16,28 +18,51 @@ import pyarrow as pa
 
 from actstore.sealed import digest_of, sha256_hex
 
+from .ahead import ahead
 from .attaching import attach_parts
 from .catalog import Part
 from .engine import fetch_columns
+from .firing_blocks import Firings
 from .parts import PartWriter, Workshop
-from .statistics import EXAMPLES, FeatureSummary, Values, summarise, top_rows, weakest_examples
+from .statistics import EXAMPLES, FeatureSummary, Values, decoded, summarise, top_rows, weakest_examples
 from .views import coded_query, firings_query
 
-__all__ = ["attach_firings", "content_of_features", "feature_blocks", "write_features"]
+__all__ = [
+    "Block",
+    "Summary",
+    "attach_firings",
+    "block_firings",
+    "content_of_features",
+    "feature_blocks",
+    "fetch_firings",
+    "sorted_firings",
+    "split_features",
+    "summarise_block",
+    "write_features",
+]
 
-MAX_BLOCK_FIRINGS = 1_000_000  # larger blocks gain nothing: their temporaries leave the allocator's reuse
+MAX_BLOCK_FIRINGS = 500_000  # larger blocks gain nothing: their temporaries leave the processor's cache
 BYTES_PER_BLOCK_FIRING = 128  # columns of a block, its sort keys and the temporaries of the statistics
+MAX_BLOCK_FEATURES = 1 << 16
 
 Logits = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Whole features [first, end) with their firings on plain rows."""
+    """Whole features [first, end) with the number of their firings."""
 
     first: int
     end: int
     n_firings: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the tables `features` and `examples` say of a block."""
+
+    features: pa.Table
+    examples: pa.Table
 
 
 def content_of_features(firings: Sequence[Part], logits: Logits | None) -> str:
@@ -48,14 +73,25 @@ def content_of_features(firings: Sequence[Part], logits: Logits | None) -> str:
 
 
 def write_features(
-    workshop: Workshop, sae: str, n_features: int, firings: Sequence[Part], logits: Logits | None
+    workshop: Workshop,
+    sae: str,
+    n_features: int,
+    firings: Sequence[Part],
+    logits: Logits | None,
+    known: Sequence[Summary | Block] = (),
 ) -> Part:
-    """Write features, examples and feature_logits of one SAE as one part."""
+    """Write features, examples and feature_logits of one SAE as one part.
+
+    `known` are the summaries of all features in order, with blocks where one has to be read back; without any, all are.
+    """
     plain_rows = sum(int(part.facts["plain_rows"]) for part in firings)
+    half = all(part.facts["activation"] == "half" for part in firings)
     with workshop.writing("features", f"features.{sae}") as writer:
-        attach_firings(writer.connection, workshop, firings)
-        for block in feature_blocks(writer.connection, n_features, block_firings(workshop)):
-            _append_block(writer, block, plain_rows, block_firings(workshop))
+        with writer.connection.cursor() as reading:
+            attach_firings(reading, workshop, firings, coded=half)
+            blocks = known or feature_blocks(reading, n_features, block_firings(workshop))
+            for summary in _summaries(reading, blocks, plain_rows, block_firings(workshop)):
+                _append_block(writer, summary)
         if logits is not None:
             writer.append("feature_logits", _logits_table(*logits))
     return workshop.finish("features", sae, writer, facts={"content": content_of_features(firings, logits)})
@@ -86,40 +122,89 @@ def feature_blocks(
     counted = fetch_columns(connection, f"SELECT feature, count(*) AS n FROM firings WHERE {where} GROUP BY feature")
     counts = np.zeros(n_features, np.int64)
     counts[counted["feature"]] = counted["n"]
+    return split_features(counts, max_firings, MAX_BLOCK_FEATURES)
+
+
+def split_features(counts: npt.NDArray[np.int64], max_firings: int, max_features: int) -> Iterator[Block]:
+    """Yield blocks of at most so many firings and features; `counts` has the firings of each feature."""
     reached = np.concatenate([[0], np.cumsum(counts)])
     first = 0
-    while first < n_features:
-        end = max(int(np.searchsorted(reached, reached[first] + max_firings, side="right")) - 1, first + 1)
+    while first < len(counts):
+        fitting = int(np.searchsorted(reached, reached[first] + max_firings, side="right")) - 1
+        end = min(max(fitting, first + 1), first + min(max_features, MAX_BLOCK_FEATURES))
         yield Block(first, end, int(reached[end] - reached[first]))
         first = end
 
 
-def _append_block(writer: PartWriter, block: Block, plain_rows: int, max_firings: int) -> None:
-    where = f"plain AND feature >= {block.first} AND feature < {block.end}"
-    values, examples = _large(writer, where) if block.n_firings > max_firings else _small(writer, block, where)
-    summary = summarise(values, block.end - block.first)
-    writer.append("features", _features_table(block, summary, plain_rows))
-    writer.append("examples", examples)
+def fetch_firings(connection: duckdb.DuckDBPyConnection, block: Block, where: str = "true") -> Firings:
+    """Return the firings of a block from the view `firings`, part after part."""
+    chosen = f"{where} AND feature >= {block.first} AND feature < {block.end}"
+    return _of_columns(block, fetch_columns(connection, f"SELECT * FROM firings WHERE {chosen}"))
 
 
-def _small(writer: PartWriter, block: Block, where: str) -> tuple[Values, pa.Table]:
-    read = fetch_columns(writer.connection, f"SELECT feature, row, activation FROM firings WHERE {where}")
-    features, activations = read["feature"].astype(np.int64) - block.first, read["activation"]
-    values = Values.of_firings(features, activations)
-    places, ranks = top_rows(features, activations, read["row"], weakest_examples(values, block.end - block.first))
-    examples = {"feature": read["feature"][places], "rank": ranks, "row": read["row"][places]}
-    return values, pa.table({**examples, "activation": activations[places]})
+def sorted_firings(connection: duckdb.DuckDBPyConnection, block: Block, max_firings: int) -> Iterator[Firings]:
+    """Yield the firings of a block's one feature by row, at most about so many at a time; DuckDB orders, and spills."""
+    found = connection.sql(f"SELECT * FROM firings WHERE feature = {block.first} ORDER BY row")
+    for batch in found.to_arrow_reader(max_firings):
+        yield _of_columns(block, {name: batch[name].to_numpy(zero_copy_only=False) for name in batch.schema.names})
 
 
-def _large(writer: PartWriter, where: str) -> tuple[Values, pa.Table]:
+def _of_columns(block: Block, read: Mapping[str, npt.NDArray[Any]]) -> Firings:
+    features = read["feature"] - np.int32(block.first)
+    return Firings(block.first, features, read["row"], read["activation"], read["plain"])
+
+
+def summarise_block(block: Block, firings: Firings, plain_rows: int) -> Summary:
+    """Return what is known of the features of a block from its firings on plain rows."""
+    values = Values.of_firings(firings.features, firings.stored, block.end - block.first)
+    places, ranks = top_rows(firings.features, firings.stored, firings.rows, weakest_examples(values))
+    examples = {
+        "feature": firings.features[places] + np.int32(block.first),
+        "rank": ranks,
+        "row": firings.rows[places],
+        "activation": decoded(firings.stored[places]),
+    }
+    return Summary(_features_table(block, summarise(values), plain_rows), pa.table(examples))
+
+
+def _summaries(
+    connection: duckdb.DuckDBPyConnection, known: Iterable[Summary | Block], plain_rows: int, max_firings: int
+) -> Iterator[Summary]:
+    """Yield summaries in order; while one is made, the firings of the next block are read."""
+
+    def read(one: Summary | Block) -> tuple[Block, Firings] | Summary:
+        if isinstance(one, Summary):
+            return one
+        if one.n_firings > max_firings:
+            return _large_summary(connection, one, plain_rows)
+        return one, fetch_firings(connection, one, "plain")
+
+    for found in ahead(read, known, 1):
+        yield found if isinstance(found, Summary) else summarise_block(*found, plain_rows)
+
+
+def _large_summary(connection: duckdb.DuckDBPyConnection, block: Block, plain_rows: int) -> Summary:
+    where = f"plain AND feature = {block.first}"
     counted = fetch_columns(
-        writer.connection, f"SELECT activation, count(*) AS times FROM firings WHERE {where} GROUP BY activation"
+        connection, f"SELECT activation, count(*) AS times FROM firings WHERE {where} GROUP BY activation"
     )
-    examples = writer.connection.sql(
-        f"SELECT feature, row_number() OVER ()::INTEGER AS rank, row, activation FROM "
-        f"(SELECT * FROM firings WHERE {where} ORDER BY activation DESC, row LIMIT {EXAMPLES})"
-    ).to_arrow_table()
-    return Values.of_one_feature(counted["activation"], counted["times"]), examples
+    read = fetch_columns(
+        connection,
+        f"SELECT row, activation FROM firings WHERE {where} ORDER BY activation DESC, row LIMIT {EXAMPLES}",
+    )
+    examples = {
+        "feature": np.full(len(read["row"]), block.first, np.int32),
+        "rank": np.arange(1, len(read["row"]) + 1, dtype=np.int32),
+        "row": read["row"],
+        "activation": decoded(read["activation"]),
+    }
+    summary = summarise(Values.of_one_feature(counted["activation"], counted["times"]))
+    return Summary(_features_table(block, summary, plain_rows), pa.table(examples))
+
+
+def _append_block(writer: PartWriter, summary: Summary) -> None:
+    writer.append("features", summary.features)
+    writer.append("examples", summary.examples)
 
 
 def _features_table(block: Block, summary: FeatureSummary, plain_rows: int) -> pa.Table:

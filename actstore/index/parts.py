@@ -25,30 +25,45 @@ __all__ = ["ROW_GROUP_ROWS", "PartWriter", "Workshop", "sha256_of"]
 # fall (one zone map per row group). All else is looked up by row, which the default finds sooner.
 ROW_GROUP_ROWS = 1_228_800
 DEFAULT_ROW_GROUP_ROWS = 122_880
+INSERT_BYTES = 16 << 20
 _NO_FACTS: Mapping[str, str | int] = MappingProxyType({})
 
 
 class PartWriter:
-    """Appends Arrow tables to the tables of a part that is being made."""
+    """Appends Arrow tables to the tables of a part that is being made.
+
+    What comes in small pieces is held until it is worth an INSERT, or until `flush`.
+    """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, name: str) -> None:
         self.connection = connection
         self.name = name
         self.rows: dict[str, int] = {}
+        self._held: dict[str, list[pa.Table]] = {}
 
     def append(self, table: str, rows: pa.Table) -> None:
         """Append rows in their order; the columns are those of the table, in its order."""
-        self.connection.register("appended", rows)
-        try:
-            self.connection.execute(f"INSERT INTO part.{table} SELECT * FROM appended")
-        finally:
-            self.connection.unregister("appended")
         self.rows[table] = self.rows.get(table, 0) + rows.num_rows
+        held = self._held.setdefault(table, [])
+        held.append(rows)
+        if sum(one.nbytes for one in held) >= INSERT_BYTES:
+            self._insert(table)
 
     def append_query(self, table: str, query: str) -> None:
         """Append what a query over other attached parts returns, in its order."""
+        self._insert(table)
         (count,) = self.connection.execute(f"INSERT INTO part.{table} {query}").fetchone() or (0,)
         self.rows[table] = self.rows.get(table, 0) + count
+
+    def flush(self) -> None:
+        """Hand over what is held."""
+        for table in list(self._held):
+            self._insert(table)
+
+    def _insert(self, table: str) -> None:
+        if held := self._held.pop(table, []):
+            # A view over the rows (`register`) would keep them in memory until the transaction ends.
+            self.connection.from_arrow(pa.concat_tables(held)).insert_into(f"part.{table}")
 
 
 class Workshop:
@@ -73,7 +88,9 @@ class Workshop:
                 for table, columns in PART_TABLES[kind].items():
                     chosen = {column: types.get(column, stored) for column, stored in columns.items()}
                     connection.execute(create_table(f"part.{table}", chosen))
-                yield PartWriter(connection, path.name)
+                writer = PartWriter(connection, path.name)
+                yield writer
+                writer.flush()
                 connection.execute("COMMIT")
                 connection.execute("CHECKPOINT part")
                 connection.execute("DETACH part")

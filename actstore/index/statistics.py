@@ -12,7 +12,16 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EXAMPLES", "HISTOGRAM_BINS", "FeatureSummary", "Values", "summarise", "top_rows", "weakest_examples"]
+__all__ = [
+    "EXAMPLES",
+    "HISTOGRAM_BINS",
+    "FeatureSummary",
+    "Values",
+    "decoded",
+    "summarise",
+    "top_rows",
+    "weakest_examples",
+]
 
 EXAMPLES = 100
 HISTOGRAM_BINS = 20
@@ -20,33 +29,40 @@ PERCENTILES = (50, 90, 99)
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
+# Activations as parts store them: float32, or uint16 where they are codes of IEEE halves. All are positive, so that
+# their bits are ordered as they are.
+Stored = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Values:
     """Activations of some features, ordered by (feature, activation).
 
-    features int64 (value), counted from the block's first; activations float32 > 0 (value); times int64 (value): how
-    often that activation occurs.
+    bounds int64 (feature + 1) into the values; stored (value); keys uint32 or uint64 (value), rising: the feature,
+    counted from the block's first, then the bits of `stored`; times int64 (value): how often that activation occurs,
+    None where each stands for one firing.
     """
 
-    features: npt.NDArray[np.int64]
-    activations: npt.NDArray[np.float32]
-    times: Counts
+    bounds: Counts
+    stored: Stored
+    keys: npt.NDArray[Any]
+    times: Counts | None = None
 
     @classmethod
-    def of_firings(cls, features: npt.NDArray[np.int64], activations: npt.NDArray[np.float32]) -> Self:
+    def of_firings(cls, features: npt.NDArray[np.integer[Any]], stored: Stored, n_features: int) -> Self:
         """Return the values of firings in any order, each once."""
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(features, minlength=n_features))])
         # Sorting one key is several times faster than sorting an order by two arrays.
-        keys = np.sort((features << 32) | _bits(activations))
-        ordered = (keys & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
-        return cls(keys >> 32, ordered, np.ones(len(keys), np.int64))
+        keys = _keys(features, stored, n_features)
+        keys.sort()
+        return cls(bounds, keys.astype(_bits(stored).dtype).view(stored.dtype), keys)
 
     @classmethod
-    def of_one_feature(cls, activations: npt.NDArray[np.float32], times: Counts) -> Self:
+    def of_one_feature(cls, stored: Stored, times: Counts) -> Self:
         """Return the distinct activations of feature 0, given in any order with how often each occurs."""
-        order = np.argsort(activations)
-        return cls(np.zeros(len(order), np.int64), activations[order], times[order])
+        order = np.argsort(stored)
+        keys = _keys(np.zeros(len(order), np.int64), stored[order], 1)
+        return cls(np.array([0, len(order)]), stored[order], keys, times[order])
 
 
 @dataclass(frozen=True)
@@ -65,78 +81,135 @@ class FeatureSummary:
     histogram: npt.NDArray[np.uint32]
 
 
-def summarise(values: Values, n_features: int) -> FeatureSummary:
-    """Return the statistics of the features 0…n_features−1 of a block.
+def decoded(stored: Stored) -> npt.NDArray[np.float32]:
+    """Return stored activations as float32."""
+    return (stored.view(np.float16) if stored.dtype == np.uint16 else stored).astype(np.float32, copy=False)
+
+
+def summarise(values: Values) -> FeatureSummary:
+    """Return the statistics of the features of a block.
 
     Percentile q is the value at place ⌈q·n⌉ of the n sorted ones, counted from 1, as DuckDB's `quantile_disc`.
     Bin b of the histogram counts the activations in (0, maximum] with ⌊bins · activation / maximum⌋ = b, the
     maximum itself in the last bin.
     """
-    features, activations, times = values.features, values.activations.astype(np.float64), values.times
-    ends = np.searchsorted(features, np.arange(n_features), side="right")
-    reached = np.concatenate([[0], np.cumsum(times)])
-    n_firings = np.diff(reached[np.concatenate([[0], ends])])
-    alive = n_firings > 0
-    maximum = np.zeros(n_features, np.float32)
-    maximum[alive] = values.activations[ends[alive] - 1]
-    divisor = np.maximum(n_firings, 1)
-    mean = np.bincount(features, activations * times, n_features) / divisor
-    deviation = np.bincount(features, (activations - mean[features]) ** 2 * times, n_features) / divisor
-    percentiles = _percentiles(values.activations, reached, n_firings)
-    histogram = _histogram(features, activations, times, maximum)
-    return FeatureSummary(n_firings, maximum, mean, np.sqrt(deviation), percentiles, histogram)
+    alive = np.flatnonzero(values.bounds[1:] > values.bounds[:-1])
+    activations = decoded(values.stored)
+    reached = None if values.times is None else np.concatenate([[0], np.cumsum(values.times)])
+    n_firings = np.diff(values.bounds if reached is None else reached[values.bounds])
+    maximum = np.zeros(len(n_firings), np.float32)
+    maximum[alive] = activations[values.bounds[1:][alive] - 1]
+    mean, variance = _moments(values, activations, n_firings, alive)
+    percentiles = _percentiles(values, activations, reached, n_firings, alive)
+    histogram = np.zeros((len(n_firings), HISTOGRAM_BINS), np.uint32)
+    histogram[alive] = _histogram(values, reached, maximum, alive)
+    return FeatureSummary(n_firings, maximum, mean, np.sqrt(variance), percentiles, histogram)
 
 
-def weakest_examples(values: Values, n_features: int) -> npt.NDArray[np.float32]:
+def weakest_examples(values: Values) -> Stored:
     """Return by feature the EXAMPLES-th strongest activation, the weakest where there are fewer, 0 where there is none.
 
-    The values are of firings, each once.
+    As stored; the values are of firings, each once.
     """
-    bounds = np.searchsorted(values.features, np.arange(n_features + 1))
+    bounds = values.bounds
     alive = bounds[1:] > bounds[:-1]
-    weakest = np.zeros(n_features, np.float32)
-    weakest[alive] = values.activations[np.maximum(bounds[1:] - EXAMPLES, bounds[:-1])[alive]]
+    weakest = np.zeros(len(alive), values.stored.dtype)
+    weakest[alive] = values.stored[np.maximum(bounds[1:] - EXAMPLES, bounds[:-1])[alive]]
     return weakest
 
 
 def top_rows(
-    features: npt.NDArray[np.int64],
-    activations: npt.NDArray[np.float32],
+    features: npt.NDArray[np.integer[Any]],
+    stored: Stored,
     rows: npt.NDArray[np.int64],
-    weakest: npt.NDArray[np.float32],
+    weakest: Stored,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
     """Return places of the EXAMPLES strongest firings of each feature, ties by row, and their ranks from 1.
 
     Places int64 (example) index the first three arrays, in the order (feature, rank); `weakest` is `weakest_examples`.
     """
-    candidates = np.flatnonzero(activations >= weakest[features])
-    order = np.lexsort((rows[candidates], -activations[candidates], features[candidates]))
-    candidates = candidates[order]
+    candidates = np.flatnonzero(stored >= weakest[features])
+    candidates = candidates[np.argsort(rows[candidates])]
+    weakness = ~_bits(stored[candidates])
+    candidates = candidates[_stable_order(_keys(features[candidates], weakness, len(weakest)))]
     firsts = np.searchsorted(features[candidates], np.arange(len(weakest)))
     ranks = np.arange(1, len(candidates) + 1) - firsts[features[candidates]]
     kept = ranks <= EXAMPLES
     return candidates[kept], ranks[kept].astype(np.int32)
 
 
-def _percentiles(activations: npt.NDArray[np.float32], reached: Counts, n_firings: Counts) -> npt.NDArray[np.float32]:
-    before = np.concatenate([[0], np.cumsum(n_firings)[:-1]])
+def _moments(
+    values: Values, activations: npt.NDArray[np.float32], n_firings: Counts, alive: Counts
+) -> tuple[Floats, Floats]:
+    """Return mean and variance by feature; every sum runs over one feature's values alone, whatever the block."""
+    mean, variance = np.zeros((2, len(n_firings)))
+    if not len(alive):
+        return mean, variance
+    exact = activations.astype(np.float64)
+    times = 1 if values.times is None else values.times
+    starts = values.bounds[:-1][alive]
+    mean[alive] = np.add.reduceat(exact * times, starts) / n_firings[alive]
+    deviation = exact - np.repeat(mean, np.diff(values.bounds))
+    deviation *= deviation
+    variance[alive] = np.add.reduceat(deviation * times, starts) / n_firings[alive]
+    return mean, variance
+
+
+def _percentiles(
+    values: Values, activations: npt.NDArray[np.float32], reached: Counts | None, n_firings: Counts, alive: Counts
+) -> npt.NDArray[np.float32]:
+    before = np.cumsum(n_firings) - n_firings
     percentiles = np.zeros((len(n_firings), len(PERCENTILES)), np.float32)
-    alive = n_firings > 0
     for column, percent in enumerate(PERCENTILES):
-        place = before + -(-n_firings * percent // 100)
-        percentiles[alive, column] = activations[np.searchsorted(reached, place[alive]) - 1]
+        place = (before + -(-n_firings * percent // 100))[alive]
+        percentiles[alive, column] = activations[(place if reached is None else np.searchsorted(reached, place)) - 1]
     return percentiles
 
 
 def _histogram(
-    features: npt.NDArray[np.int64], activations: Floats, times: Counts, maximum: npt.NDArray[np.float32]
-) -> npt.NDArray[np.uint32]:
-    share = activations / maximum.astype(np.float64)[features]
-    bins = np.minimum((share * HISTOGRAM_BINS).astype(np.int64), HISTOGRAM_BINS - 1)
-    counted = np.bincount(features * HISTOGRAM_BINS + bins, times, len(maximum) * HISTOGRAM_BINS)
-    return counted.reshape(-1, HISTOGRAM_BINS).astype(np.uint32)
+    values: Values, reached: Counts | None, maximum: npt.NDArray[np.float32], alive: Counts
+) -> npt.NDArray[np.int64]:
+    """Return the bins of the features that fire; values are sorted, so that only the bins' edges are looked up."""
+    edges = _edges(maximum[alive], values.stored.dtype)
+    features = np.repeat(alive, HISTOGRAM_BINS - 1)
+    places = np.searchsorted(values.keys, _keys(features, edges.reshape(-1), len(maximum)))
+    bounds = values.bounds[alive], places.reshape(edges.shape), values.bounds[alive + 1]
+    joined = np.column_stack(bounds)
+    return np.diff(joined if reached is None else reached[joined])
 
 
-def _bits(activations: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-    # The bits of positive floats are ordered as the floats are.
-    return activations.view(np.uint32).astype(np.int64)
+def _edges(maximum: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> Stored:
+    """Return the least value, as stored, of every bin but the first: (feature, bin)."""
+    bins = np.arange(1, HISTOGRAM_BINS)
+    largest = maximum.astype(np.float64)[:, None]
+    near = (largest * bins / HISTOGRAM_BINS).astype(np.float32)
+    edges = np.nextafter(near, np.float32(np.inf))
+    # A quotient is off by less than one step of float32, so the least value of a bin is this one or a neighbour.
+    for tried in (near, np.nextafter(near, np.float32(0))):
+        edges = np.where((tried / largest * HISTOGRAM_BINS).astype(np.int64) >= bins, tried, edges)
+    if dtype != np.uint16:
+        return edges
+    codes = edges.astype(np.float16).view(np.uint16)
+    return codes + (decoded(codes) < edges).astype(np.uint16)
+
+
+def _keys(features: npt.NDArray[np.integer[Any]], stored: Stored, n_features: int) -> npt.NDArray[Any]:
+    """Return features and bits of what is stored in one number: of few features' halves it is half as wide."""
+    kind, width = (np.uint32, 16) if stored.dtype == np.uint16 and n_features <= 1 << 16 else (np.uint64, 32)
+    keys: npt.NDArray[Any] = features.astype(kind)
+    keys <<= kind(width)
+    keys |= _bits(stored)
+    return keys
+
+
+def _stable_order(keys: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return the order that sorts keys, ties as they come."""
+    if keys.dtype == np.uint64:
+        return np.argsort(keys, kind="stable")
+    # Narrow keys with their place behind them are all different: sorting such numbers is ten times faster.
+    placed = np.sort(keys.astype(np.uint64) << np.uint64(32) | np.arange(len(keys), dtype=np.uint64))
+    return (placed & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def _bits(stored: Stored) -> npt.NDArray[Any]:
+    return stored.view(np.uint16 if stored.dtype == np.uint16 else np.uint32)

@@ -7,7 +7,7 @@ against 9 ms inside of every branch).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from actstore.blocks import HEAD_METRICS
 
@@ -15,29 +15,41 @@ from .attention_parts import UNITS
 from .catalog import Part
 from .schema import PART_TABLES, SUBJECT_COLUMNS, TABLES, Columns, quote_name, quote_text
 
-__all__ = ["LABELS", "coded_query", "firings_query", "view_queries"]
+__all__ = ["LABELS", "NARROWED", "Attached", "coded_query", "firings_query", "of_sae", "view_query"]
 
 LABELS = "internal.labels"
+# Tables whose parts are of one SAE each.
+NARROWED = ("activations", "features", "examples", "feature_logits", "reconstruction")
 
 # The value of an IEEE half: subnormal m·2⁻²⁴, otherwise (1024 + m)·2^(e−25); both are exact integers times 2⁻²⁵.
 _DECODED = """CAST(CASE WHEN activation < 1024 THEN activation::BIGINT * 2
     ELSE ((activation & 1023) + 1024)::BIGINT << (activation >> 10) END / 33554432.0::DOUBLE AS FLOAT)"""
 
+_SAE = {"sae": "VARCHAR"}  # the subject of such a part
+
 Attached = Sequence[tuple[str, Part]]  # alias, part
 
 
-def view_queries(attached: Attached) -> Mapping[str, str]:
-    """Return the query of every table of the contract, by its name."""
-    apart = ("activations", "features", "heads")
-    queries = {table: _table_query(table, attached) for table in TABLES if table not in apart}
-    queries["heads"] = _heads_query(attached)
-    firings = firings_query(attached)
-    queries["activations"] = (
-        f"SELECT sae, feature, row, activation FROM ({firings})" if firings else _empty("activations")
-    )
-    features = _table_query("features", attached, without=("label",))
-    queries["features"] = f"SELECT * FROM ({features}) LEFT JOIN {LABELS} USING (sae, feature)"
-    return queries
+def view_query(table: str, attached: Attached, *, labelled: bool) -> str:
+    """Return the query of a table of the contract, with all of its columns in their order.
+
+    Where nothing is `labelled`, labels are not looked for.
+    """
+    listed = ", ".join(map(quote_name, TABLES[table]))
+    return f"SELECT {listed} FROM ({_query(table, attached, labelled)})"
+
+
+def _query(table: str, attached: Attached, labelled: bool) -> str:
+    if table == "heads":
+        return _heads_query(attached)
+    if table == "activations":
+        return firings_query(attached) or _empty(table)
+    if table == "features":
+        features = _table_query(table, attached, without=("label",))
+        if not labelled:
+            return f"SELECT *, NULL::VARCHAR AS label FROM ({features})"
+        return f"SELECT * FROM ({features}) LEFT JOIN {LABELS} USING (sae, feature)"
+    return _table_query(table, attached)
 
 
 def firings_query(attached: Attached) -> str:
@@ -46,6 +58,11 @@ def firings_query(attached: Attached) -> str:
     floats = coded_query([(alias, part) for alias, part in attached if part.facts.get("activation") == "float"])
     decoded = f"SELECT sae, feature, row, {_DECODED} AS activation, plain FROM ({halves})" if halves else ""
     return _union([query for query in (decoded, floats) if query])
+
+
+def of_sae(attached: Attached, sae: str) -> Attached:
+    """Return the parts that hold an SAE's share of the tables `NARROWED`."""
+    return [(alias, part) for alias, part in attached if SUBJECT_COLUMNS.get(part.kind) == _SAE and part.subject == sae]
 
 
 def coded_query(attached: Attached) -> str:

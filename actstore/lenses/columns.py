@@ -25,8 +25,6 @@ def by_name(names: pa.Array, numbers: pa.Array, kind: pa.DataType, gather: Calla
 
 def in_order(parts: Sequence[pa.Array], places: Sequence[npt.NDArray[np.intp]], kind: pa.DataType) -> pa.Array:
     """Return the parts as one array, each element at its place."""
-    if len(parts) == 1:
-        return parts[0]
     order = np.argsort(np.concatenate([*places, np.empty(0, np.intp)]), kind="stable")
     return pa.concat_arrays([*parts, pa.array([], kind)]).take(pa.array(order))
 

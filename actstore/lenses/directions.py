@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -10,13 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.errors import InvalidInput, UnknownName, UnsupportedFormat, explain
-from actstore.saes import NEURONS
 from actstore.sites import Site, parse_site
 from actstore.store import StoreReader
 
 from .stored import must_have_sae
 
-__all__ = ["AS_THEY_ARE", "Directions", "Output"]
+__all__ = ["AS_THEY_ARE", "Directions", "Output", "is_neurons"]
 
 AS_THEY_ARE = frozenset({"resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"})
 PROJECTED = frozenset({"z", "attn_out_raw", "mlp_act", "mlp_out_raw"})
@@ -85,7 +85,7 @@ class Directions:
         """
         coder = self.coder(sae)
         self._check(coder, features)
-        if coder["architecture"] == NEURONS:
+        if is_neurons(coder):
             return np.equal.outer(features, np.arange(coder["width"])).astype(np.float32)
         return self.reader.kit.rows(self.weights(sae), "w_dec", features)
 
@@ -100,7 +100,7 @@ class Directions:
         the norm's scale is left out: it depends on the row. Raises as `output` and `decoder_rows`.
         """
         output = self.output(self.written(sae), f"firings/{sae}")
-        if output.weight is not None and self.coder(sae)["architecture"] == NEURONS:
+        if output.weight is not None and is_neurons(self.coder(sae)):
             self._check(self.coder(sae), features)
             rows = output.weight[features]
         else:
@@ -113,3 +113,10 @@ class Directions:
         if len(wrong):
             what = f"There is no feature {wrong[0]} of {coder['sae']}"
             raise UnknownName(explain(what, accepted=f"0 to {coder['width'] - 1}"))
+
+
+def is_neurons(coder: Mapping[str, Any]) -> bool:
+    """Return whether an SAE, as its row of `saes`, is the identity over neurons."""
+    from actstore.saes import NEURONS  # the room takes longer to import than most questions to answer
+
+    return bool(coder["architecture"] == NEURONS)

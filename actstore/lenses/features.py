@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from actstore.saes import NEURONS
 from actstore.sites import parse_site
 from actstore.store import StoreReader
 
-from .directions import Directions
+from .directions import Directions, is_neurons
 from .shares import Shares, Values
 from .stored import firings_of_rows, vectors_of_rows
 
@@ -39,7 +38,7 @@ def add_features(
     firings = firings_of_rows(reader, sae, rows)
     of_row = np.repeat(np.arange(len(rows)), firings.counts)
     activations = firings.activations.astype(np.float64)
-    if coder["architecture"] == NEURONS:
+    if is_neurons(coder):
         shares.add_features(of_row, firings.features, activations * direction[of_row, firings.features], layer)
     else:
         piece = reader.kit.piece(directions.weights(sae))

@@ -17,11 +17,12 @@ from actstore.store import StoreReader
 from .attribution import Prism
 from .columns import by_name, in_one, in_order, lists_of, ragged
 from .directions import Directions
+from .plain_arrow import integer_array, integers_of, text_array
 from .shares import ATTRIBUTION_TYPE
 from .significance import t_test_p
-from .snippets import snippets
+from .snippets import places_of_rows, snippets
 from .stored import firings_of_rows, vectors_of_rows
-from .unembed import Unembed
+from .unembed import TopTokens, Unembed
 from .unembeddings import Unembeddings
 
 __all__ = ["Functions"]
@@ -69,6 +70,7 @@ class Functions:
                 "STRUCT(token_id INTEGER, token VARCHAR, logprob FLOAT)[]",
             ),
             SqlFunction("snippet", self.snippet, ("BIGINT", "INTEGER", "INTEGER"), "VARCHAR"),
+            SqlFunction("token_at", self.token_at, ("BIGINT",), "STRUCT(doc BIGINT, pos INTEGER, token VARCHAR)"),
             SqlFunction("token_id", self.token_id, ("VARCHAR",), "INTEGER"),
             SqlFunction("t_test_p", t_test_p, ("DOUBLE", "DOUBLE"), "DOUBLE"),
         )
@@ -133,24 +135,19 @@ class Functions:
     def logit_lens(self, sites: pa.Array, rows: pa.Array, ks: pa.Array) -> pa.Array:
         """Return the k likeliest tokens of each row at a stored site of the residual stream, likeliest first."""
         numbers_of_k = np.asarray(ks)
-        parts, places = [], []
-        for k in np.unique(numbers_of_k):
-            here = np.flatnonzero(numbers_of_k == k)
-            places.append(here)
-            parts.append(
-                by_name(
-                    sites.take(pa.array(here)),
-                    rows.take(pa.array(here)),
-                    LENS_TYPE,
-                    lambda site, numbers, k=int(k): self._lens(site, numbers, k),
-                )
-            )
+        places = [np.flatnonzero(numbers_of_k == k) for k in np.unique(numbers_of_k)]
+        parts = [self._lens(sites.take(here), rows.take(here), int(numbers_of_k[here[0]])) for here in places]
         return in_order(parts, places, LENS_TYPE)
 
     def snippet(self, rows: pa.Array, before: pa.Array, after: pa.Array) -> pa.Array:
         """Return the text around each row's token, the token between « and »."""
-        numbers = (np.asarray(column, dtype=np.int64) for column in (rows, before, after))
-        return pa.array(snippets(self.reader, *numbers), pa.string())
+        return text_array(snippets(self.reader, *map(integers_of, (rows, before, after))))
+
+    def token_at(self, rows: pa.Array) -> pa.Array:
+        """Return document, position and text of the token of each row: a join with tokens is for many rows."""
+        docs, positions, texts = places_of_rows(self.reader, integers_of(rows))
+        columns = [integer_array(docs), integer_array(positions), text_array(texts)]
+        return pa.StructArray.from_arrays(columns, names=["doc", "pos", "token"])
 
     def token_id(self, texts: pa.Array) -> pa.Array:
         """Return the id of the token that is shown as each text.
@@ -189,15 +186,26 @@ class Functions:
         bounds = np.searchsorted(places, np.arange(len(rows) + 1)).astype(np.int32)
         return pa.ListArray.from_arrays(bounds, values)
 
-    def _lens(self, site: str, rows: npt.NDArray[np.int64], k: int) -> pa.Array:
-        vectors = self._residuals(site, rows)
-        top = self.unembed(f"sites/{site}").top(vectors, k)
+    def _lens(self, sites: pa.Array, rows: pa.Array, k: int) -> pa.Array:
+        """Return the k likeliest tokens; rows of all sites with one unembedding go through the vocabulary together."""
+        numbers = np.asarray(rows, dtype=np.int64)
+        together: dict[Unembed, list[tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]]] = {}
+        for site in pc.unique(sites).to_pylist():
+            here = np.flatnonzero(np.asarray(pc.equal(sites, site)))
+            vectors = self._residuals(site, numbers[here])
+            together.setdefault(self.unembed(f"sites/{site}"), []).append((here, vectors))
+        parts, places = [], []
+        for unembed, found in together.items():
+            places.append(np.concatenate([here for here, _ in found]))
+            parts.append(self._lens_lists(unembed.top(np.concatenate([vectors for _, vectors in found]), k)))
+        return in_order(parts, places, LENS_TYPE)
+
+    def _lens_lists(self, top: TopTokens) -> pa.Array:
+        n_rows, k = top.token_ids.shape
         token_ids = pa.array(top.token_ids.reshape(-1))
-        fields = [token_ids, self.reader.vocabulary().take(token_ids).cast(pa.string()), top.logprobs.reshape(-1)]
-        values = pa.StructArray.from_arrays(
-            [fields[0], fields[1], pa.array(fields[2])], fields=list(LENS_TYPE.value_type)
-        )
-        return ragged(np.full(len(rows), k), values)
+        texts = self.reader.vocabulary().take(token_ids).cast(pa.string())
+        fields = [token_ids, texts, pa.array(top.logprobs.reshape(-1))]
+        return ragged(np.full(n_rows, k), pa.StructArray.from_arrays(fields, fields=list(LENS_TYPE.value_type)))
 
     def _residuals(self, site: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         if not site.startswith("resid_"):  # others may be as wide: the numbers would mean nothing

@@ -1,12 +1,8 @@
-"""The logit lens offline: final norm, unembedding and soft cap from the kit, without torch.
-
-The unembedding is read and widened to float32 a block of the vocabulary at a time: at Gemma's size it is 2.4 GB whole.
-"""
+"""The logit lens offline: final norm, unembedding and soft cap from the kit, without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,23 +12,17 @@ import numpy.typing as npt
 
 from actstore.errors import InvalidInput, UnsupportedFormat, explain
 
+from .likeliest import Likeliest, TopTokens
+from .widened import WidenedWeight
+
 if TYPE_CHECKING:
     import zarr
 
 __all__ = ["TopTokens", "Unembed"]
 
-TOKENS_PER_BLOCK = 8192
-ROWS_PER_BLOCK = 1024
+ROWS_PER_BLOCK = 2048
 NUMBERS_PER_BLOCK = 1 << 22
 PAIRS_PER_PRODUCT = 8  # products that are not asked for, to one that is, below which a product of matrices is faster
-
-
-@dataclass(frozen=True)
-class TopTokens:
-    """The likeliest tokens of some rows: token_ids int32 and logprobs float32, (row, k), falling."""
-
-    token_ids: npt.NDArray[np.int32]
-    logprobs: npt.NDArray[np.float32]
 
 
 class Unembed:
@@ -44,6 +34,7 @@ class Unembed:
         Raises UnsupportedFormat for a norm that this release does not know.
         """
         self._weight: Any = piece["weight"]
+        self._widened = WidenedWeight(self._weight)
         self._gain = np.asarray(piece["gain"], dtype=np.float32)
         self._softcap: float | None = _optional_float(piece.attrs["softcap"])
         self._epsilon = float(str(piece.attrs["norm_epsilon"]))
@@ -77,19 +68,14 @@ class Unembed:
         )
 
     def _top(self, rows: npt.NDArray[Any], k: int) -> TopTokens:
-        """Go over the vocabulary once, keeping the best k so far and the running log of the sum of exponentials."""
-        n_rows = len(rows)
-        best = np.full((n_rows, 0), -np.inf, dtype=np.float32)
-        ids = np.empty((n_rows, 0), dtype=np.int32)
-        log_sum = np.full(n_rows, -np.inf, dtype=np.float64)
-        for first, logits in self.logits(rows):
-            log_sum = np.logaddexp(log_sum, _log_sum_exp(logits))
-            token_ids = np.broadcast_to(np.arange(first, first + logits.shape[1], dtype=np.int32), logits.shape)
-            best, ids = _best(np.hstack([best, logits]), np.hstack([ids, token_ids]), k)
-        return TopTokens(ids, (best - log_sum[:, None]).astype(np.float32))
+        """Go over the vocabulary once."""
+        likeliest = Likeliest(len(rows), k)
+        for first, logits in self._logits(rows):
+            likeliest.add(first, logits)
+        return likeliest.top()
 
-    def logits(self, rows: npt.NDArray[Any]) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """Yield (first token id, logits float32 (row, token)) over blocks of the vocabulary, soft cap applied.
+    def _logits(self, rows: npt.NDArray[Any]) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Yield (first token id, logits float32 (row, token)) by blocks of the vocabulary, all in one place of memory.
 
         Raises InvalidInput for rows that are not d_model wide.
         """
@@ -98,9 +84,12 @@ class Unembed:
                 explain(f"The rows are {rows.shape}", accepted=f"(row, {self.d_model}): the residual stream")
             )
         normed = self._norm(rows.astype(np.float32))
-        for first in range(0, self.vocabulary_size, TOKENS_PER_BLOCK):
-            block = np.asarray(self._weight[first : first + TOKENS_PER_BLOCK]).astype(np.float32)
-            yield first, self.capped(normed @ block.T)
+        place = np.empty(0, np.float32)
+        for first, block in self._widened:
+            size = len(normed) * len(block)
+            place = place if len(place) >= size else np.empty(size, np.float32)
+            logits = place[:size].reshape(len(normed), len(block))
+            yield first, self._capped(np.matmul(normed, block.T, out=logits))
 
     def logits_of(
         self,
@@ -118,13 +107,15 @@ class Unembed:
             parts = [slice(first, first + step) for first in range(0, len(of_row), step)]
             pairs = [np.einsum("pd,pd->p", normed[of_row[part]], weights[of_weight[part]]) for part in parts]
             logits = np.concatenate([np.empty(0, np.float32), *pairs])
-        return self.capped(logits)
+        return self._capped(logits)
 
-    def capped(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return logits after the model's soft cap, where it has one."""
-        if self._softcap is None:
-            return logits
-        return np.asarray(np.tanh(logits / self._softcap, dtype=np.float32) * np.float32(self._softcap))
+    def _capped(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return logits after the model's soft cap, where it has one; overwrites them."""
+        if self._softcap is not None:
+            np.divide(logits, np.float32(self._softcap), out=logits)
+            np.tanh(logits, out=logits)
+            np.multiply(logits, np.float32(self._softcap), out=logits)
+        return logits
 
     def before_cap(self, rows: npt.NDArray[Any], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Return each row's product (row) with a direction (row, d_model) of the unembedding, as the model norms it."""
@@ -150,9 +141,8 @@ class Unembed:
     @cached_property
     def mean_row(self) -> npt.NDArray[np.float64]:
         """The mean of the unembedding over the vocabulary: float64 (d_model); reads all of it once."""
-        firsts = range(0, self.vocabulary_size, TOKENS_PER_BLOCK)
-        blocks = (np.asarray(self._weight[first : first + TOKENS_PER_BLOCK]).astype(np.float64) for first in firsts)
-        return np.asarray(sum(block.sum(axis=0) for block in blocks) / self.vocabulary_size)
+        total = sum(block.sum(axis=0, dtype=np.float64) for _, block in self._widened)
+        return np.asarray(total / self.vocabulary_size)
 
     @property
     def has_norm_bias(self) -> bool:
@@ -168,23 +158,6 @@ class Unembed:
         if self._weight.dtype == np.dtype(ml_dtypes.bfloat16):
             normed = normed.astype(ml_dtypes.bfloat16)
         return np.asarray(normed, dtype=np.float32)
-
-
-def _log_sum_exp(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    highest = logits.max(axis=1)
-    total = np.log(np.exp(logits - highest[:, None], dtype=np.float32).sum(axis=1, dtype=np.float64))
-    return np.asarray(total + highest, dtype=np.float64)
-
-
-def _best(
-    logits: npt.NDArray[np.float32], ids: npt.NDArray[np.int32], k: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """Return the k highest of each row, falling; ties by token id."""
-    if logits.shape[1] > k:
-        chosen = np.argpartition(-logits, k - 1, axis=1)[:, :k]
-        logits, ids = np.take_along_axis(logits, chosen, 1), np.take_along_axis(ids, chosen, 1)
-    order = np.lexsort((ids, -logits), axis=1)
-    return np.take_along_axis(logits, order, 1), np.take_along_axis(ids, order, 1)
 
 
 def _optional_float(value: Any) -> float | None:

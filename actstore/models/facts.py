@@ -36,6 +36,7 @@ class ModelFacts:
     checkpoint_dtype: str
     n_parameters: int  # tied weights counted once
     max_positions: int | None = None  # where positions are learned vectors, of which there are so many
+    trained_positions: int | None = None  # where positions are rotary: the model runs beyond them, and knows less
     parallel_blocks: bool = False  # attention and MLP both read resid_pre
 
     def __post_init__(self) -> None:
@@ -88,6 +89,7 @@ def facts_from_config(config: PreTrainedConfig, family: Family, name: str, n_par
         checkpoint_dtype=_dtype_name(config, name),
         n_parameters=n_parameters,
         max_positions=getattr(config, "n_positions", None),  # GPT-2's name; rotary models have no hard end
+        trained_positions=getattr(text, "max_position_embeddings", None),
         parallel_blocks=family.parallel_key is not None and bool(getattr(text, family.parallel_key)),
     )
 

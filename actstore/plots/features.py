@@ -35,6 +35,7 @@ __all__ = ["activation_histogram", "feature_expression", "feature_ranges", "toke
 SIDE = 400  # documents or features of an expression matrix
 NAMED = 128  # of them with a name beside it
 FEATURES = 100
+LINES = {"documents": "document", "tokens": "token and its position"}
 MEASURES = {"mean": "mean activation", "max": "highest activation", "share": "share of tokens"}
 
 
@@ -75,7 +76,7 @@ def feature_ranges(table: pa.Table, asked: Asked) -> Picture:
     must_fit(len(rows), FEATURES, "features", "-k 100 or fewer")
     must_fit(0 if rows else 1, 0, "features, none of which ever fires", "another feature")
     names = [f"{one['feature']}{_named(one['label'])}" for one in rows]
-    left, height = MARGIN + 0.12 + wide(names), 0.22 * len(rows)
+    left, height = MARGIN + 0.12 + wide([*names, "feature"]), 0.22 * len(rows)
     notes = (asked.parameter("sae"), "dot: median · line: to the 99th percentile · bar: strongest")
     picture = new_picture(left + 6.2, height + 0.55, "How strongly features fire", notes, asked)
     axes = picture.place(left, MARGIN + 0.4, 5.2, height)
@@ -94,7 +95,8 @@ def feature_ranges(table: pa.Table, asked: Asked) -> Picture:
     for line, one in enumerate(rows):
         share = f"{one['density']:.2%}"
         axes.text(1.13, line, share, transform=axes.get_yaxis_transform(), va="center", ha="right", color=DIM)
-    axes.text(1.13, -0.85, "of tokens", transform=axes.get_yaxis_transform(), ha="right", color=DIM)
+    for place, head in ((-0.012, "feature"), (1.13, "of tokens")):
+        axes.text(place, -0.85, head, transform=axes.get_yaxis_transform(), ha="right", color=DIM)
     return picture
 
 
@@ -129,7 +131,7 @@ def _expression(matrix: Matrix, what: str, unit: str, asked: Asked, *, cluster_r
     feature_names = [matrix.features[place] for place in across["leaves"]] if named[1] else []
     cells = [0.17 if one else max(0.015, 6.5 / n) for one, n in zip(named, values.shape, strict=True)]
     height, width = (max(n * inch, 1.2) for n, inch in zip(values.shape, cells, strict=True))
-    left, right, bottom = 0.55 if cluster_rows else 0.1, 0.1 + wide(row_names), 0.3 + wide(feature_names)
+    left, right, bottom = 0.55 if cluster_rows else 0.1, 0.3 + wide(row_names), 0.3 + wide(feature_names)
 
     n_rows, n_features = values.shape
     order = "both clustered" if cluster_rows else "features clustered"
@@ -140,9 +142,11 @@ def _expression(matrix: Matrix, what: str, unit: str, asked: Asked, *, cluster_r
     axes = picture.place(left, bottom, width, height)
     heat(axes, values, scale, grid=min(cells) > 0.1)
     axes.yaxis.tick_right()
+    axes.yaxis.set_label_position("right")
     label_axis(axes, "y", range(len(row_names)), row_names)
     label_axis(axes, "x", range(len(feature_names)), feature_names, rotation=90)
     axes.set_xlabel("feature", color=DIM)
+    axes.set_ylabel(LINES[what], color=DIM)
     _draw_tree(picture.place(left, bottom + height + 0.03, width, 0.45), across, lying=False)
     _draw_tree(picture.place(MARGIN, bottom, left - MARGIN - 0.08, height), down, lying=True)
     key = min(height, 2.0)

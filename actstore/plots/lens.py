@@ -33,7 +33,9 @@ __all__ = ["lens_grid", "lens_trajectory"]
 
 CELLS = 4_000
 ROW_INCHES = 0.235
+PAGE_INCHES = 24.0  # of cells beside each other; further positions go below
 LINES = 8  # positions that are a line each
+BEFORE = {"resid_pre": 1.0, "resid_mid": 0.5}  # layers by which a site lies before its layer's resid_post
 CHOOSE = "fewer positions: first=… and last=… (--first, --last)"
 
 Cells = Sequence[Mapping[str, Any]]
@@ -42,31 +44,42 @@ Cells = Sequence[Mapping[str, Any]]
 def lens_grid(table: pa.Table, asked: Asked, *, first: int = 0, last: int | None = None) -> Picture:
     """Draw the likeliest next token of each site (deepest on top) at each position, shaded by its probability.
 
-    A frame marks the cells that say what really came. Raises InvalidInput for more than 4,000 cells.
+    A frame marks the cells that say what really came. What is wider than a page goes on below. Raises InvalidInput for
+    more than 4,000 cells.
     """
     table = table.filter(pc.equal(table["rank"], 1))
     came = {(one["seq"], one["pos"]): one["input"] for one in table.select(["seq", "pos", "input"]).to_pylist()}
     cells = _between(table, first, last).to_pylist()
-    layers = {cell["site"]: cell["layer"] for cell in cells}
-    sites = sorted(layers, key=lambda site: (layers[site], site), reverse=True)
+    sites = sorted({cell["site"] for cell in cells}, key=lambda site: (_depth(site), site), reverse=True)
     inputs = {cell["row"]: cell for cell in sorted(cells, key=lambda cell: int(cell["row"]))}
     must_fit(len(sites) * len(inputs), CELLS, "cells of text", f"{CHOOSE}, or fewer sites")
     cell_inches = 0.1 + max(wide(shown_token(cell[name]) for cell in cells for name in ("token", "input")), 0.3)
+    across = min(len(inputs), int(PAGE_INCHES / cell_inches))
+    lines = [list(inputs)[place : place + across] for place in range(0, len(inputs), across)]
     left, bottom = MARGIN + 0.08 + wide(sites), MARGIN + 0.5
-    width, height = cell_inches * len(inputs), ROW_INCHES * len(sites)
+    width, height = cell_inches * across, ROW_INCHES * len(sites)
+    step = height + 0.62
 
     lens = asked.parameter("lens") or "logit"
     notes = (f"{lens} lens", f"document {asked.parameter('doc')}", "framed: the token that really came next")
     title = "What each layer would say next"
-    picture = new_picture(left + width + 0.55, bottom + height - MARGIN, title, notes, asked)
-    axes = picture.place(left, bottom, width, height)
-    heat(axes, _draw_cells(axes, cells, sites, list(inputs), came), Normalize(0, 1), grid=True)
-    label_axis(axes, "y", range(len(sites)), sites)
-    names = [f"{shown_token(one['input'])}\n{one['pos']}" for one in inputs.values()]
-    label_axis(axes, "x", range(len(names)), names)
+    top = bottom + step * (len(lines) - 1)
+    picture = new_picture(left + width + 0.55, top + height - MARGIN, title, notes, asked)
+    for number, rows in enumerate(lines):
+        axes = picture.place(left, top - step * number, cell_inches * len(rows), height)
+        heat(axes, _draw_cells(axes, cells, sites, rows, came), Normalize(0, 1), grid=True)
+        label_axis(axes, "y", range(len(sites)), sites)
+        names = [f"{shown_token(inputs[row]['input'])}\n{inputs[row]['pos']}" for row in rows]
+        label_axis(axes, "x", range(len(names)), names)
     axes.set_xlabel("input token and its position", color=DIM)
-    colour_key(picture, left + width + 0.14, bottom, height, Normalize(0, 1), "probability")
+    colour_key(picture, left + width + 0.14, top, height, Normalize(0, 1), "probability")
     return picture
+
+
+def _depth(site: str) -> float:
+    """Return how deep in the residual stream a site is: resid_post.3 and resid_pre.4, which are the same, at 3."""
+    kind, _, layer = site.partition(".")
+    return int(layer) - BEFORE.get(kind, 0.0)
 
 
 def _draw_cells(
@@ -76,7 +89,7 @@ def _draw_cells(
     column = {row: place for place, row in enumerate(rows)}
     line = {site: place for place, site in enumerate(sites)}
     shares = np.full((len(sites), len(rows)), np.nan)
-    for cell in cells:
+    for cell in (one for one in cells if one["row"] in column):
         y, x = line[cell["site"]], column[cell["row"]]
         shares[y, x] = share = np.nan if cell["logprob"] is None else np.exp(cell["logprob"])
         axes.text(x, y, shown_token(cell["token"]), ha="center", va="center", color=text_colour(share))
@@ -92,7 +105,10 @@ def lens_trajectory(table: pa.Table, asked: Asked, *, first: int = 0, last: int 
     Raises InvalidInput where nothing is left to draw.
     """
     table = _between(table, first, last)
-    layers = np.unique(table["layer"].to_numpy())
+    depths = np.array([_depth(site) for site in table["site"].to_pylist()])
+    layers, rung = np.unique(depths, return_inverse=True)
+    between = "; resid_mid.n at n - ½, resid_pre.n at n - 1"
+    unit = "layer" if pc.all(pc.starts_with(table["site"], "resid_post")).as_py() else f"layer{between}"
     rows, place = np.unique(table["row"].to_numpy(), return_inverse=True)
     notes = (f"{asked.parameter('lens') or 'logit'} lens", f"document {asked.parameter('doc')}", _drawn(len(rows)))
     title = "How the prediction forms, layer by layer"
@@ -107,14 +123,14 @@ def lens_trajectory(table: pa.Table, asked: Asked, *, first: int = 0, last: int 
     for number, (name, panel) in enumerate(panels):
         values = np.full((len(rows), len(layers)), np.nan)
         column = table[name].cast(pa.float64()).fill_null(np.nan).to_numpy()
-        values[place, np.searchsorted(layers, table["layer"].to_numpy())] = column
+        values[place, rung] = column
         axes = picture.place(0.72 + 4.0 * (number % 2), 3.3 - 2.72 * (number // 2), 3.3, 2.0)
         axes.set_title(panel, loc="left")
         if name == "target_rank":
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda rank, _: f"{rank:g}")
         _draw_lines(axes, layers, values, names)
-        axes.set_xlabel("layer", color=DIM)
+        axes.set_xlabel(unit, color=DIM)
         if number == 1 and len(rows) <= LINES:
             axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1.04), handlelength=2.6)
     return picture

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
@@ -32,7 +33,7 @@ from .text import MARKED, one_line
 __all__ = ["concordance", "token_strip"]
 
 STRIP_TOKENS, EXAMPLES = 2_000, 100
-LINE_INCHES, TOKEN_POINTS = 0.36, 9.5
+LINE_INCHES, TOKEN_POINTS, PEAK_POINTS = 0.36, 9.5, 6.0
 STRIP_INCHES = 8.6
 EXAMPLE_INCHES, EXAMPLE_POINTS = 0.25, 9.0
 SIDE_CHARACTERS = 60  # of a snippet, before and after its token
@@ -48,6 +49,10 @@ class Placed:
     line: int
     width: float
 
+    @property
+    def middle(self) -> float:
+        return self.x + self.width / 2
+
 
 def token_strip(table: pa.Table, asked: Asked, *, first: int = 0, last: int | None = None) -> Picture:
     """Draw the text of a document, each token shaded by how strongly a feature fires; the strongest say the number.
@@ -57,7 +62,7 @@ def token_strip(table: pa.Table, asked: Asked, *, first: int = 0, last: int | No
     tokens = [one for one in table.to_pylist() if first <= one["pos"] and (last is None or one["pos"] <= last)]
     must_fit(len(tokens), STRIP_TOKENS, "tokens", "fewer positions: first=… and last=… (--first, --last)")
     must_fit(0 if tokens else 1, 0, "tokens, none of those asked for", "other positions")
-    placed = _flow([one["token"] for one in tokens])
+    placed = _flow([(one["token"], one["seq"]) for one in tokens])
     activations = np.array([one["activation"] for one in tokens], dtype=np.float64)
     scale = Normalize(0, float(activations.max()) or 1)
     width = max(token.x + token.width for token in placed)
@@ -70,7 +75,7 @@ def token_strip(table: pa.Table, asked: Asked, *, first: int = 0, last: int | No
     axes = picture.place(MARGIN, MARGIN + height - lines, width, lines)
     axes.set(xlim=(0, width), ylim=(lines, 0))
     axes.axis("off")
-    peaks = set(np.argsort(-activations, kind="stable")[:NAMED_PEAKS].tolist())
+    peaks = _peaks(placed, activations)
     for number, (token, activation) in enumerate(zip(placed, activations.tolist(), strict=True)):
         _shade(axes, token, activation, scale, named=number in peaks)
     key = min(height, 2.0)
@@ -86,21 +91,38 @@ def _shade(axes: Axes, token: Placed, activation: float, scale: Normalize, *, na
         axes.add_patch(Rectangle((token.x, top), token.width, 0.22, color=css_colour(share), lw=0))
         style["color"] = text_colour(share)
     axes.text(token.x, top + 0.16, token.text, **style)
-    if activation > 0 and named:
-        middle = token.x + token.width / 2
-        axes.text(middle, top - 0.02, f"{activation:.2g}", fontsize=6, ha="center", color=DIM)
+    if named:
+        axes.text(token.middle, top - 0.02, _number(activation), fontsize=PEAK_POINTS, ha="center", color=DIM)
 
 
-def _flow(texts: Sequence[str]) -> list[Placed]:
-    """Return where tokens stand when they flow in lines; a line break in a token ends its line."""
-    placed, x, line = [], 0.0, 0
-    for text in texts:
+def _peaks(placed: Sequence[Placed], activations: npt.NDArray[np.float64]) -> set[int]:
+    """Return the tokens with the strongest activations, but for those whose number would touch a stronger one's."""
+    chosen: dict[int, float] = {}  # token, half the width of its number
+    for token in np.argsort(-activations, kind="stable")[:NAMED_PEAKS].tolist():
+        here, half = placed[token], inches(_number(activations[token]), PEAK_POINTS) / 2 + 0.02
+        beside = [(placed[one], other) for one, other in chosen.items() if placed[one].line == here.line]
+        if activations[token] > 0 and all(abs(one.middle - here.middle) > half + other for one, other in beside):
+            chosen[token] = half
+    return set(chosen)
+
+
+def _number(activation: float) -> str:
+    return f"{activation:.2g}" if activation < 10 else f"{activation:.0f}"
+
+
+def _flow(tokens: Iterable[tuple[str, int]]) -> list[Placed]:
+    """Return where tokens (text, sequence) stand when they flow in lines.
+
+    A line break in a token ends its line; a sequence begins one, since windows may repeat what the one before said.
+    """
+    placed, x, line, before = [], 0.0, 0, None
+    for text, seq in tokens:
         shown = glyphs(one_line(text)) or "∅"
         width = _width(shown)
-        if x and x + width > STRIP_INCHES:
+        if x and (x + width > STRIP_INCHES or seq != before):
             x, line = 0.0, line + 1
         placed.append(Placed(shown, x, line, min(width, STRIP_INCHES - x)))
-        x += width
+        x, before = x + width, seq
         if text.endswith("\n"):
             x, line = 0.0, line + 1
     return placed
@@ -123,8 +145,8 @@ def concordance(table: pa.Table, asked: Asked) -> Picture:
     scale = Normalize(0, max(one["activation"] for one in rows) or 1)
     left = 0.77 + before
     width, height = left + inside + after + 0.85, EXAMPLE_INCHES * len(rows) + 0.22
-    how = "most" if asked.query == "max_activating" else "from strong to weak"
-    title = f"What feature {asked.parameter('feature')} fires on {how}"
+    how = " most" if asked.query == "max_activating" else ", from strong to weak"
+    title = f"What feature {asked.parameter('feature')} fires on{how}"
     picture = new_picture(width, height, title, (asked.parameter("sae"),), asked)
     axes = picture.place(MARGIN, MARGIN, width, height)
     axes.set(xlim=(0, width), ylim=(height - 0.22, -0.22))

@@ -9,9 +9,11 @@ from .encoder import EncodedTile, SaeEncoder, round_mantissa
 from .loading import SaeSizes, load_sae, sae_sizes
 from .neurons import NEURONS, Encoder, NeuronEncoder, expand_neurons, without_neurons
 from .proof import ROWS_NEEDED, compete, sae_health
+from .screen import ENCODERS, ScreenEncoder
 from .together import LayerSums, coders_together, unproved
 
 __all__ = [
+    "ENCODERS",
     "NEURONS",
     "ROWS_NEEDED",
     "EncodedTile",
@@ -22,6 +24,7 @@ __all__ = [
     "SaeArgument",
     "SaeEncoder",
     "SaeSizes",
+    "ScreenEncoder",
     "SparseCoder",
     "check_width",
     "coders_together",

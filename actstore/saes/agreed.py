@@ -1,4 +1,7 @@
-"""The sites that an SAE reads and writes, by all who say them: the user, its path, its configuration. They must agree.
+"""The sites that an SAE reads and writes, by all who say them: the user, its path, its configuration.
+
+A path and the user must agree. A configuration can be wrong, and cannot be given another name: what the user says wins
+over it, is reported, and is proved like any other site.
 
 A transcoder reconstructs another site than it reads; its argument is `@READ>WRITE`.
 """
@@ -18,7 +21,7 @@ from .places import Place
 if TYPE_CHECKING:
     from .arguments import SaeArgument
 
-__all__ = ["agreed_sites"]
+__all__ = ["agreed_sites", "overruled_sites"]
 
 
 def agreed_sites(
@@ -26,8 +29,8 @@ def agreed_sites(
 ) -> tuple[Site, Site | None]:
     """Return the one site that is read and, of a transcoder, the one that is written.
 
-    Raises InvalidInput where two of those who say it disagree, where nobody does, where a configuration says several
-    and the argument none, and for a site to write of what is no transcoder.
+    Raises InvalidInput where argument and path disagree, where nobody says it, where a configuration says several and
+    the argument none, and for a site to write of what is no transcoder.
     """
     transcodes = _transcodes(argument, place, name, declaration)
     said = (name.site,) if name and name.site else declaration.sites
@@ -45,6 +48,17 @@ def agreed_sites(
             )
         )
     return read, written
+
+
+def overruled_sites(site: Site, write_site: Site | None, place: Place, declaration: Declaration) -> str | None:
+    """Return for a report what the argument says and the configuration says otherwise; None where they agree."""
+    pairs = [(site, declaration.sites), (write_site, declaration.write_sites)]
+    told = [
+        f"site {asked} as asked; its {_speaker(place)} says {' or '.join(map(str, said))}"
+        for asked, said in pairs
+        if asked and said and asked not in said
+    ]
+    return "; ".join(told) or None
 
 
 def _transcodes(argument: SaeArgument, place: Place, name: SaeName | None, declaration: Declaration) -> bool:
@@ -74,12 +88,12 @@ def _agreed(
 ) -> Site:
     """Return the one site of which all agree; `before` stands before it behind the '@' of an argument."""
     mark = "@" if verb == "reads" else ">"
-    if asked and said and asked not in said:
+    if asked and said and asked not in said and place.format.config is None:
         raise InvalidInput(
             explain(
                 f"{place} {verb} {' or '.join(map(str, said))} by its {_speaker(place)}, and {asked} by "
                 f"'{mark}{asked}'",
-                next_step=f"leave '{mark}{asked}' out, or give a path that does not say another site",
+                next_step=f"leave '{mark}{asked}' out, or give a link to it whose path does not say another site",
             )
         )
     if asked:

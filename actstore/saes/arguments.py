@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from actstore.errors import InvalidInput, UnsupportedFormat, explain
 from actstore.sites import Site, parse_site
 
-from .agreed import agreed_sites
+from .agreed import agreed_sites, overruled_sites
 from .configured import configuration_of
 from .declaration import Declaration
 from .faults import spelled
@@ -53,6 +53,7 @@ class ResolvedSae:
     write_site: Site | None = None  # the site that a transcoder reconstructs
     neuronpedia_id: str | None = None  # `model/source`, where Neuronpedia has it
     listed: Listed | None = None  # what the registry says of it, where it was named by it
+    overruled: str | None = None  # what its configuration says of its sites and the argument says otherwise
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.sae):
@@ -86,8 +87,8 @@ def expand_sae_arguments(arguments: Sequence[str], *, allow_pt: bool = False) ->
     allow_pt: read files of torch.save too, their tensors and nothing else.
     Reads configurations and no weights. The hub is asked for a listing by `canonical`, globs and paths that do not say
     their format, and for configurations.
-    Raises MissingInput where nothing is there, InvalidInput for a site that is unknown or contradicts the path or the
-    configuration and for an id that is used twice, UnsupportedFormat for formats and architectures that are not read.
+    Raises MissingInput where nothing is there, InvalidInput for a site that is unknown or contradicts the path and for
+    an id that is used twice, UnsupportedFormat for formats and architectures that are not read.
     """
     found = [sae for text in arguments for sae in _expand(parse_sae_argument(text), allow_pt)]
     ids = [sae.sae for sae in found]
@@ -136,7 +137,8 @@ def _resolve(argument: SaeArgument, place: Place, listed: Listed | None) -> Reso
     known = named or read_second_name(place.folder) or read_layer_name(str(place)) or listed
     sae = argument.id or (known.id if known else fallback_id(site, place.folder))
     neuronpedia_id = known.neuronpedia_id if known else None
-    return ResolvedSae(sae, site, place, name, declaration, write_site, neuronpedia_id, listed)
+    overruled = None if name else overruled_sites(site, write_site, place, declaration)
+    return ResolvedSae(sae, site, place, name, declaration, write_site, neuronpedia_id, listed, overruled)
 
 
 def _declaration(place: Place, listed: Listed | None) -> Declaration:

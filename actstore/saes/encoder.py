@@ -6,7 +6,7 @@ the same row gives the same bits only in tiles of one size: the caller pads ever
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,12 +16,13 @@ from actstore.errors import InvalidInput, explain
 from actstore.recipe import SaeIdentity
 
 from .coder import SparseCoder
+from .compaction import Firings, compact
 from .rules import RowScale, keep_largest, scale_of
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EncodedTile", "SaeEncoder", "round_mantissa"]
+__all__ = ["EncodedTile", "SaeEncoder", "round_mantissa", "tile_of"]
 
 MANTISSA_BITS = 23  # of float32
 
@@ -34,6 +35,9 @@ class EncodedTile:
     activations float32 (firing), all > 0; reconstruction float32 (row, 3): l0, ‖y‖, ‖y − x_hat‖ of the
     row y that is reconstructed, which is the row itself or, of a transcoder, its target; the last is NaN where
     layers below write y too.
+    A tile that was encoded into a number of slots has so many features and activations: the first `counts.sum()` are
+    its firings, unless n_found, int64 (), all that fired, listed or not, is more than the slots. Then nothing holds,
+    and it has to be encoded again, without.
     A row that holds NaN or infinity has no firings, and NaN for its reconstruction; so both norms of such a target.
     """
 
@@ -41,6 +45,11 @@ class EncodedTile:
     features: torch.Tensor
     activations: torch.Tensor
     reconstruction: torch.Tensor
+    n_found: torch.Tensor
+
+    def first(self, n_firings: int) -> EncodedTile:
+        """Return the tile without what lies behind its firings."""
+        return replace(self, features=self.features[:n_firings], activations=self.activations[:n_firings])
 
 
 class SaeEncoder:
@@ -65,13 +74,19 @@ class SaeEncoder:
         return self.coder.identity
 
     def encode(
-        self, rows: torch.Tensor, listed: torch.Tensor | None = None, targets: torch.Tensor | None = None
+        self,
+        rows: torch.Tensor,
+        listed: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        *,
+        n_slots: int | None = None,
     ) -> EncodedTile:
         """Encode one tile: rows (row, d_in) of any float dtype on the device.
 
         listed bool (row): the rows whose firings are wanted, by default all. Special rows are not listed but have
         their reconstruction; filler may hold anything. targets (row, d_out): what a transcoder reconstructs, and only
-        a transcoder has any. Deterministic for a given number of rows.
+        a transcoder has any. n_slots: the firings that there is room for, so that nobody waits for their number (see
+        `EncodedTile`); by default as many as there are. Deterministic for a given number of rows.
         Raises InvalidInput for rows or targets of another width, missing or too many.
         """
         import torch
@@ -81,20 +96,13 @@ class SaeEncoder:
             finite = torch.isfinite(rows).all(dim=1)
             exact = torch.where(finite[:, None], rows.float(), 0.0)  # NaN in one row must not reach the product
             scale = scale_of(exact, self.coder.normalisation)
-            features = self._features(exact if scale is None else scale.apply(exact))
-            fires = features > 0
+            is_narrow = scale is None and rows.dtype == torch.bfloat16
+            found = self._firings(exact if scale is None else scale.apply(exact), is_narrow, n_slots)
             target = exact if targets is None else targets.float()
-            reconstruction = self._reconstruction(exact, target, features, fires, scale)
+            reconstruction = self._reconstruction(exact, target, found, scale)
             reconstruction.masked_fill_(~finite[:, None], torch.nan)
             reconstruction[:, 1:].masked_fill_(~torch.isfinite(target).all(dim=1, keepdim=True), torch.nan)
-            wanted = finite if listed is None else finite & listed
-            row, feature = fires.logical_and_(wanted[:, None]).nonzero(as_tuple=True)
-            return EncodedTile(
-                counts=torch.bincount(row, minlength=len(rows)),
-                features=feature.int(),
-                activations=features[row, feature],
-                reconstruction=reconstruction,
-            )
+            return tile_of(found, finite if listed is None else finite & listed, reconstruction)
 
     def features(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the dense features (row, d_sae) of rows (row, d_in), both float32, without NaN or infinity."""
@@ -115,27 +123,38 @@ class SaeEncoder:
         return decoded if self._w_skip is None else decoded.addmm_(rows, self._w_skip)
 
     def _features(self, rows: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        centred = rows - self._b_dec if self.coder.subtracts_b_dec else rows
-        before = torch.addmm(self._b_enc, centred, self._w_enc)
+        """Return dense features (row, d_sae) of normalised rows, float32."""
+        before = self._before(*self._centred(rows, False))
         features = before.masked_fill_(before <= self._threshold, 0.0)
         return features if self.coder.k is None else keep_largest(features, self.coder.k)
 
+    def _firings(self, rows: torch.Tensor, is_narrow: bool, n_slots: int | None) -> Firings:
+        """Return what fires on normalised rows, float32; is_narrow: bfloat16 would hold every number of them."""
+        if self.coder.k is not None:
+            features = self._features(rows)
+            return compact(features, features > 0, n_slots)
+        before = self._before(*self._centred(rows, is_narrow))
+        return compact(before, before > self._threshold.clamp(min=0), n_slots)  # without a copy that holds the zeros
+
+    def _centred(self, rows: torch.Tensor, is_narrow: bool) -> tuple[torch.Tensor, bool]:
+        return (rows - self._b_dec, False) if self.coder.subtracts_b_dec else (rows, is_narrow)
+
+    def _before(self, rows: torch.Tensor, is_narrow: bool) -> torch.Tensor:
+        """Return what is compared with the threshold: rows @ w_enc + b_enc, (row, d_sae)."""
+        import torch
+
+        return torch.addmm(self._b_enc, rows, self._w_enc)
+
     def _reconstruction(
-        self,
-        rows: torch.Tensor,
-        targets: torch.Tensor,
-        features: torch.Tensor,
-        fires: torch.Tensor,
-        scale: RowScale | None,
+        self, rows: torch.Tensor, targets: torch.Tensor, found: Firings, scale: RowScale | None
     ) -> torch.Tensor:
         import torch
 
-        l0 = fires.sum(dim=1, dtype=torch.int32).float()  # int64, the default, takes twice as long
+        l0 = found.counts.float()
         if self.coder.is_partial:
             return torch.stack([l0, targets.norm(dim=1), torch.full_like(l0, torch.nan)], dim=1)
-        decoded = self.decode(features, rows)
+        decoded = found.decoded(self._w_dec).add_(self._b_dec)
+        decoded = decoded if self._w_skip is None else decoded.addmm_(rows, self._w_skip)
         decoded = decoded if scale is None else scale.undo(decoded)
         return torch.stack([l0, targets.norm(dim=1), (targets - decoded).norm(dim=1)], dim=1)
 
@@ -157,6 +176,12 @@ class SaeEncoder:
                     accepted=f"{expected} of {coder.identity.write_site}" if expected else "none but what it reads",
                 )
             )
+
+
+def tile_of(found: Firings, wanted: torch.Tensor, reconstruction: torch.Tensor) -> EncodedTile:
+    """Return the tile of what fires on its rows, of which bool (row) `wanted` are listed."""
+    kept = found.of(wanted)
+    return EncodedTile(kept.counts, kept.features.int(), kept.activations, reconstruction, found.counts.sum())
 
 
 def round_mantissa(activations: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:

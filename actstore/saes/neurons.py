@@ -17,7 +17,8 @@ from actstore.sealed import digest_of
 from actstore.sites import Missing, Site, expand_sites, not_on_model
 
 from .arguments import SaeArgument, parse_sae_argument
-from .encoder import EncodedTile, SaeEncoder
+from .compaction import compact
+from .encoder import EncodedTile, SaeEncoder, tile_of
 from .rules import keep_largest
 
 if TYPE_CHECKING:
@@ -114,12 +115,17 @@ class NeuronEncoder:
         self.identity = identity
 
     def encode(
-        self, rows: torch.Tensor, listed: torch.Tensor | None = None, targets: torch.Tensor | None = None
+        self,
+        rows: torch.Tensor,
+        listed: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        *,
+        n_slots: int | None = None,
     ) -> EncodedTile:
         """Encode one tile: rows (row, width) of any float dtype; there are no targets, as this is no transcoder.
 
         listed bool (row): the rows whose firings are wanted, by default all. Of a row with NaN or infinity nothing is
-        kept, as by any encoder. Raises InvalidInput for rows of another width.
+        kept, as by any encoder. n_slots: as of `SaeEncoder`. Raises InvalidInput for rows of another width.
         """
         import torch
 
@@ -135,9 +141,7 @@ class NeuronEncoder:
             reconstruction = torch.stack([l0, exact.norm(dim=1), (exact - kept).norm(dim=1)], dim=1)
             reconstruction.masked_fill_(~finite[:, None], torch.nan)
             wanted = finite if listed is None else finite & listed
-            row, feature = (kept > 0).logical_and_(wanted[:, None]).nonzero(as_tuple=True)
-            counts = torch.bincount(row, minlength=len(rows))
-            return EncodedTile(counts, feature.int(), kept[row, feature], reconstruction)
+            return tile_of(compact(kept, kept > 0, n_slots), wanted, reconstruction)
 
     def _check(self, rows: torch.Tensor) -> None:
         if rows.ndim != 2 or rows.shape[1] != self.identity.width:

@@ -1,17 +1,22 @@
 """The store on disk: layout, arrays, firings, claims, receipts, kit, proof. Home of zarr, numcodecs and fsspec."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .bundle import decode_bundle, encode_bundle, open_bundle
-from .claims import exclusive, no_claims
-from .files import prove_and_write
-from .journal import Journal, run_reports
 from .kit import kit_file, open_piece, pack_texts, write_piece
 from .layout import FileProof, Layout, PassFile, StoreFile
 from .location import Location
-from .passes import PassWriter
 from .reader import StoreReader
-from .sweep import sweep_store
-from .verify import Verification, verify_store
-from .writer import StoreWriter
+
+if TYPE_CHECKING:
+    from .claims import exclusive, no_claims
+    from .files import prove_and_write
+    from .journal import Journal, run_reports
+    from .passes import PassWriter
+    from .sweep import sweep_store
+    from .verify import Verification, verify_store
+    from .writer import StoreWriter
 
 __all__ = [
     "FileProof",
@@ -38,3 +43,23 @@ __all__ = [
     "verify_store",
     "write_piece",
 ]
+
+# What only writes is imported when it is asked for: a question needs none of it, and waits for its imports.
+_LATE = {
+    "exclusive": "claims",
+    "no_claims": "claims",
+    "prove_and_write": "files",
+    "Journal": "journal",
+    "run_reports": "journal",
+    "PassWriter": "passes",
+    "sweep_store": "sweep",
+    "Verification": "verify",
+    "verify_store": "verify",
+    "StoreWriter": "writer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LATE[name]}", __name__), name)

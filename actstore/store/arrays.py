@@ -21,9 +21,11 @@ from actstore.blocks import MatrixSpec
 from actstore.sealed import canonical_json
 
 from . import bfloat16 as _registered
+from .plain_shards import PlainShard, join_chunks
 
 __all__ = [
     "FILLER",
+    "SHUFFLED",
     "array_metadata",
     "compressors",
     "dtype_of",
@@ -37,7 +39,8 @@ __all__ = [
 assert _registered.BFLOAT16  # the data type must be registered before an array of it is made
 
 CHUNK_BYTES = 256 * 1024
-FILLER = {"float32": math.nan, "bfloat16": math.nan, "int32": -1, "int64": -1, "uint8": 0}
+FILLER = {"float32": math.nan, "bfloat16": math.nan, "int8": 0, "int32": -1, "int64": -1, "uint8": 0}
+SHUFFLED = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle")
 SEPARATOR = "."  # `c.<shard>.0`: one directory per array, one file per shard
 
 
@@ -46,9 +49,9 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def compressors(*, compressed: bool = True) -> tuple[Any, ...]:
-    """Return the codecs after `bytes`: byte-shuffle and Zstandard unless told not to, then a CRC-32C of every chunk."""
-    return (*((BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),) if compressed else ()), Crc32cCodec())
+def compressors(codec: BloscCodec | None = SHUFFLED) -> tuple[Any, ...]:
+    """Return the codecs after `bytes`: what compresses, if anything does, then a CRC-32C of every chunk."""
+    return (Crc32cCodec(),) if codec is None else (codec, Crc32cCodec())
 
 
 def memory_array(
@@ -61,7 +64,7 @@ def memory_array(
     fill: float,
     axes: tuple[str, ...],
     attributes: dict[str, Any] | None = None,
-    compressed: bool = True,
+    codec: BloscCodec | None = SHUFFLED,
 ) -> tuple[zarr.Array[Any], dict[str, Any]]:
     """Return a new array in memory and the files it is made of, by name: what zarr would have put on disk."""
     files: dict[str, Any] = {}
@@ -76,7 +79,7 @@ def memory_array(
             shards=shards,
             dtype=_registered.BFloat16() if dtype == _registered.BFLOAT16 else dtype,
             fill_value=fill,
-            compressors=compressors(compressed=compressed),
+            compressors=compressors(codec),
             chunk_key_encoding={"name": "default", "separator": SEPARATOR},
             dimension_names=axes,
             attributes=attributes or {},
@@ -103,6 +106,7 @@ def _array(spec: MatrixSpec, n_rows: int, shard_rows: int) -> tuple[zarr.Array[A
         fill=FILLER[spec.dtype],
         axes=spec.axes,
         attributes={"columns": list(spec.columns)} if spec.columns else {},
+        codec=SHUFFLED if spec.compressed else None,
     )
 
 
@@ -124,11 +128,15 @@ def lengthened(metadata: bytes, n_rows: int) -> bytes:
     return canonical_json(body) + b"\n"
 
 
-def encode_shard(spec: MatrixSpec, values: npt.NDArray[Any], shard_rows: int) -> bytes:
+def encode_shard(spec: MatrixSpec, values: npt.NDArray[Any], shard_rows: int) -> bytes | PlainShard:
     """Return the bytes of one shard's file; rows that `values` lacks become filler."""
+    whole = values.astype(dtype_of(spec.dtype), copy=False)
+    if len(values) < shard_rows:
+        whole = np.full((shard_rows, *spec.row_shape), FILLER[spec.dtype], dtype=dtype_of(spec.dtype))
+        whole[: len(values)] = values
+    if not (spec.compressed or spec.per_column_chunks):
+        return join_chunks(whole, _chunk_shape(spec, shard_rows)[0])
     array, files = _array(spec, shard_rows, shard_rows)
-    whole = np.full((shard_rows, *spec.row_shape), FILLER[spec.dtype], dtype=dtype_of(spec.dtype))
-    whole[: len(values)] = values
     array[:] = whole
     data: bytes = files["a/" + shard_file(0, len(spec.axes))].to_bytes()
     return data

@@ -15,13 +15,14 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.codecs import BloscCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore, ZipStore
 
 from actstore.errors import CorruptStore, explain
 from actstore.sealed import canonical_json
 
-from .arrays import group_metadata, memory_array, shard_file
+from .arrays import SHUFFLED, group_metadata, memory_array, shard_file
 
 __all__ = ["decode_bundle", "encode_bundle", "open_bundle", "open_bundle_file", "write_large_bundle"]
 
@@ -35,12 +36,15 @@ def encode_bundle(
     attributes: Mapping[str, Any],
     *,
     chunk_bytes: int = CHUNK_BYTES,
-    compressed: bool = True,
+    codecs: Mapping[str, BloscCodec] | None = None,
 ) -> bytes:
-    """Return the file of a group with these arrays; each comes with the names of its axes."""
+    """Return the file of a group with these arrays; each comes with the names of its axes.
+
+    `codecs` compress the arrays that they name; the others are compressed as matrices are.
+    """
     entries = {"zarr.json": group_metadata(dict(attributes))}
     for name, (values, axes) in arrays.items():
-        entries |= _array_entries(name, values, axes, chunk_bytes, compressed)
+        entries |= _array_entries(name, values, axes, chunk_bytes, (codecs or {}).get(name, SHUFFLED))
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(entries):
@@ -49,7 +53,7 @@ def encode_bundle(
 
 
 def _array_entries(
-    name: str, values: npt.NDArray[Any], axes: tuple[str, ...], chunk_bytes: int, compressed: bool
+    name: str, values: npt.NDArray[Any], axes: tuple[str, ...], chunk_bytes: int, codec: BloscCodec
 ) -> dict[str, bytes]:
     row_bytes = max(1, values[:1].nbytes)
     chunk = max(1, min(max(1, len(values)), chunk_bytes // row_bytes))
@@ -63,7 +67,7 @@ def _array_entries(
         dtype=values.dtype,
         fill=0,
         axes=axes,
-        compressed=compressed,
+        codec=codec,
     )
     if values.size:
         array[:] = values
@@ -103,7 +107,7 @@ def _chunk_entries(
         dtype=values.dtype,
         fill=0,
         axes=axes,
-        compressed=False,
+        codec=None,
     )
     metadata = canonical_json(json.loads(files[f"{name}/zarr.json"].to_bytes())) + b"\n"
     firsts = range(0, len(values) if values.size else 0, chunk)

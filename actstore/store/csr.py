@@ -6,12 +6,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from zarr.codecs import BloscCodec
 
 from actstore.blocks import FiringsSpec, RowFirings
 
 from .bundle import decode_bundle, encode_bundle
 
 __all__ = ["decode_firings", "encode_firings", "firings_values", "index_dtype"]
+
+# Of floats with few bits of mantissa, bits of like place compress best; of increasing ids, their high bytes.
+CODECS = {
+    "data": BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
+    "indices": BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"),
+}
 
 
 def index_dtype(n_features: int) -> np.dtype[Any]:
@@ -34,6 +41,7 @@ def encode_firings(spec: FiringsSpec, firings: RowFirings) -> bytes:
             "indptr": (firings.indptr.astype(np.int64, copy=False), ("row_bound",)),
         },
         attributes,
+        codecs=CODECS,
     )
 
 

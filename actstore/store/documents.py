@@ -15,6 +15,7 @@ import zarr
 
 from actstore.blocks import Segment
 
+from .gathering import ChunkCache
 from .kit import unpack_texts
 from .location import Location
 from .proved import Files, read_rows
@@ -22,6 +23,7 @@ from .proved import Files, read_rows
 __all__ = ["SegmentReader"]
 
 DOCUMENTS_PER_BATCH = 4096
+LONG_TEXT_BYTES = 1 << 20  # a longer text is read by itself
 TEXT_BYTES = 16 << 20  # of text and metadata in a batch, unless one document is longer
 
 
@@ -32,6 +34,7 @@ class SegmentReader:
     segment: Segment
     location: Location
     array: Callable[[str], zarr.Array[Any]]
+    chunks: ChunkCache
     files: Files
 
     def sequences(self) -> npt.NDArray[np.int64]:
@@ -39,9 +42,9 @@ class SegmentReader:
         return np.asarray(self._values("sequences", 0, self.segment.n_seqs), dtype=np.int64)
 
     @cached_property
-    def docs(self) -> npt.NDArray[np.int64]:
-        """The document of every sequence: int64 (seq)."""
-        return self.sequences()[:, 0]
+    def held_sequences(self) -> npt.NDArray[np.int64]:
+        """As `sequences`, read once."""
+        return self.sequences()
 
     def documents(self) -> Iterator[pa.RecordBatch]:
         """Yield the documents, a few thousand at a time."""
@@ -70,13 +73,29 @@ class SegmentReader:
     def text(self, doc: int) -> str:
         """Return the text of one document, by its number in the store."""
         place = doc - self.segment.first_doc
-        start, end = map(int, self._values("documents", place, place + 1)[0, :2])
-        return bytes(self._values("text", start, end)).decode()
+        start, end = map(int, self._gathered("documents", np.array([place]))[0, :2])
+        if end - start > LONG_TEXT_BYTES:
+            return bytes(self._values("text", start, end)).decode()
+        return bytes(self._gathered("text", np.arange(start, end))).decode()
 
     def _texts(self, name: str, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> pa.Array:
         packed = np.asarray(self._values(name, int(starts[0]), int(ends[-1])), dtype=np.uint8)
         return unpack_texts(packed, np.concatenate([starts, ends[-1:]]))
 
+    def _gathered(self, name: str, places: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Return some rows of an array, whose chunks are kept a while."""
+        path = self._path(name)
+        if not len(places):
+            return np.empty(0, dtype=np.uint8)
+
+        def read(rows: slice) -> npt.NDArray[Any]:
+            return self._values(name, rows.start, rows.stop)
+
+        return self.chunks.gather(path, self.array(path), places, read)
+
+    def _path(self, name: str) -> str:
+        return f"corpus/segments/{self.segment.segment}/{name}"
+
     def _values(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
-        path = f"corpus/segments/{self.segment.segment}/{name}"
+        path = self._path(name)
         return read_rows(self.location, self.array(path), path, slice(start, stop), self.files)

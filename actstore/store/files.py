@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from actstore.sealed import fsync_directory, sha256_hex, translate_full_disk, write_durably
 
 from .layout import FileProof
+from .plain_shards import PlainShard
 
 __all__ = [
     "ARRAYS",
@@ -42,7 +44,7 @@ def metadata_file(path: str) -> str:
 def is_row_keyed(path: str) -> bool:
     """Return whether a `zarr.json` is that of an array whose first axis is `row`."""
     parts = path.split("/")[1:-1]
-    depths = {"corpus": 2, "sites": 2, "predictions": 2, "reconstruction": 2, "attention": 3, "lens": 4}
+    depths = {"corpus": 2, "sites": 2, "scales": 2, "predictions": 2, "reconstruction": 2, "attention": 3, "lens": 4}
     depth = depths.get(parts[0] if parts else "")
     return depth == len(parts) and parts[:2] != ["corpus", "segments"]
 
@@ -94,12 +96,18 @@ def make_directory(directory: Path) -> None:
         fsync_directory(directory.parent)
 
 
-def prove_and_write(root: Path, name: str, data: bytes, values: Iterable[npt.NDArray[Any]] | None) -> FileProof:
+def prove_and_write(
+    root: Path, name: str, content: bytes | PlainShard, values: Iterable[npt.NDArray[Any]] | None
+) -> FileProof:
     """Write a file durably; return what proves it."""
+    data, chunks = (content.file, content.chunks_sha256) if isinstance(content, PlainShard) else (content, None)
     path = root / name
     make_directory(path.parent)
-    write_durably(path, data)
-    return FileProof(len(data), sha256_hex(data), None if values is None else values_digest(values))
+    with ThreadPoolExecutor(2) as threads:  # both digests while the disk is waited for
+        of_file = threads.submit(sha256_hex, data)
+        of_values = None if values is None else threads.submit(values_digest, values)
+        write_durably(path, data)
+    return FileProof(len(data), of_file.result(), None if of_values is None else of_values.result(), chunks)
 
 
 def write_groups(root: Path, paths: Iterable[str], group: bytes) -> dict[str, str]:

@@ -18,11 +18,15 @@ CORPUS_PASS = "corpus"  # tokenising is a pass too: its manifest proves the rows
 
 @dataclass(frozen=True)
 class FileProof:
-    """A file as it was written: its size, the SHA-256 of its bytes and of the values that they decode to."""
+    """A file as it was written: its size, the SHA-256 of its bytes and of the values that they decode to.
+
+    Of a shard that is not compressed also the SHA-256 of its chunks' checksums.
+    """
 
     bytes: int
     sha256: str
     values_sha256: str | None = None
+    chunks_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,10 @@ class PassFile:
         )
 
 
+_LATER = {"n_heads": None, "compressed": True}  # fields added to format 1, with what was the case before
+
+
 def _matrix_json(spec: MatrixSpec) -> dict[str, Any]:
-    """Return a matrix as JSON values; `n_heads`, which came later, only where there are any."""
+    """Return a matrix as JSON values; `n_heads` and `compressed`, which came later, only where they say something."""
     body = {**asdict(spec), "columns": list(spec.columns)}
-    return {key: value for key, value in body.items() if key != "n_heads" or value is not None}
+    return {key: value for key, value in body.items() if _LATER.get(key, ...) != value}

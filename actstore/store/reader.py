@@ -16,16 +16,16 @@ from actstore.blocks import TOKEN_FIELDS, RowFirings, Segment, artifact_of
 from actstore.errors import MissingInput, UnknownName, explain, unknown_name
 from actstore.sealed import digest_of
 
-from .bundle import decode_bundle
 from .csr import decode_firings
 from .documents import SegmentReader
+from .feature_files import Logits, read_feature_logits, read_labels
 from .files import ARRAYS, LAYOUT_FILE, STORE_FILE, firings_file, manifest_file, metadata_file, pass_file
 from .gathering import ChunkCache
 from .kit import open_piece, unpack_texts
 from .layout import CORPUS_PASS, Layout, PassFile, StoreFile
 from .location import Location
 from .pieces import Kit
-from .proved import Files, damaged, read_file, read_rows
+from .proved import Files, damaged, decoded, read_file, read_rows
 from .receipts import load_receipts
 from .tables import sae_rows, site_rows, small_tables
 
@@ -34,6 +34,7 @@ __all__ = ["StoreReader"]
 TOKEN_SHARDS_CACHED = 64
 FIRING_SHARDS_CACHED = 16
 DOCUMENTS_CACHED = 128
+TOKEN_BYTES, TEXT_BYTES = 192 << 20, 64 << 20  # decoded, kept for rows and documents that are asked for one by one
 
 
 class StoreReader:
@@ -65,6 +66,8 @@ class StoreReader:
         self._digests = lru_cache(None)(self._receipt_digests)
         self.document_text = lru_cache(DOCUMENTS_CACHED)(self._document_text)
         self._chunks = ChunkCache()
+        # Of their own: activation vectors would push out what every snippet needs.
+        self._token_chunks, self._text_chunks = ChunkCache(TOKEN_BYTES), ChunkCache(TEXT_BYTES)
 
     def _layout(self) -> Layout:
         try:
@@ -133,13 +136,14 @@ class StoreReader:
     # Values
 
     def matrix(self, path: str, shard: int) -> npt.NDArray[Any]:
-        """Return the rows in use of one shard of a matrix: (row, column), in its stored dtype.
+        """Return the rows in use of one shard of a matrix: (row, column), in its stored dtype; of int8 float32.
 
         Raises UnknownName where the shard was not extracted, CorruptStore where its file is missing or damaged.
         """
         self._must_be_done(artifact_of(path), shard)
         first = shard * self.shard_rows
-        return self._read(path, slice(first, first + int(self.rows_used[shard])))
+        rows = slice(first, first + int(self.rows_used[shard]))
+        return decoded(path, partial(self._read, rows=rows))
 
     def _read(self, path: str, rows: slice) -> npt.NDArray[Any]:
         """Return rows of a matrix, filler included, of shards that are stored."""
@@ -177,7 +181,7 @@ class StoreReader:
             )
 
     def gather(self, path: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Return these rows of a matrix, in the order asked for: (row, column), in its stored dtype.
+        """Return these rows of a matrix, in the order asked for: (row, column), in its stored dtype; of int8 float32.
 
         Each chunk is decoded once, and kept a while. Raises UnknownName for rows that do not exist, are filler or were
         not extracted.
@@ -186,7 +190,7 @@ class StoreReader:
         self._must_be_rows(rows)
         for shard in np.flatnonzero(np.bincount(rows // self.shard_rows)):
             self._must_be_done(artifact_of(path), int(shard))
-        return self._chunks.gather(path, self.array(path), rows, partial(self._read, path))
+        return decoded(path, lambda one: self._chunks.gather(one, self.array(one), rows, partial(self._read, one)))
 
     def _must_be_rows(self, rows: npt.NDArray[np.int64]) -> None:
         shards, offsets = np.divmod(rows, self.shard_rows)
@@ -204,15 +208,19 @@ class StoreReader:
     def _tokens(self, shard: int) -> npt.NDArray[np.int32]:
         return np.asarray(self.matrix("corpus/tokens", shard), dtype=np.int32)
 
+    def token_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """Return the tokens of these rows, in the order asked for: int32 (row, field) with the fields `TOKEN_FIELDS`.
+
+        Raises UnknownName for rows that do not exist.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        self._must_be_rows(rows)
+        path = "corpus/tokens"
+        return self._token_chunks.gather(path, self.array(path), rows, partial(self._read, path))
+
     def token_column(self, name: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Return one field of `corpus/tokens` for these rows: int32 (row)."""
-        self._must_be_rows(rows)
-        out = np.empty(len(rows), dtype=np.int32)
-        shards, offsets = np.divmod(rows, self.shard_rows)
-        for shard in np.unique(shards):
-            here = shards == shard
-            out[here] = self.tokens(int(shard))[offsets[here], TOKEN_FIELDS.index(name)]
-        return out
+        return self.token_rows(rows)[:, TOKEN_FIELDS.index(name)]
 
     def firings(self, sae: str, shard: int) -> RowFirings:
         """Return the firings of one shard of an SAE, over all rows of the shard; filler rows have none."""
@@ -231,16 +239,21 @@ class StoreReader:
     @cached_property
     def _segments(self) -> list[SegmentReader]:
         together = zip(self.layout.segments, self.corpus_manifests, strict=True)
-        return [SegmentReader(one, self.location, self.array, manifest["files"]) for one, manifest in together]
+        where = (self.location, self.array, self._text_chunks)
+        return [SegmentReader(one, *where, manifest["files"]) for one, manifest in together]
 
-    def documents_of(self, seqs: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
-        """Return the document of each sequence: int64 (sequence)."""
-        out = np.empty(len(seqs), dtype=np.int64)
+    def sequences_of(self, seqs: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
+        """Return doc, first row and n_tokens of these sequences, in the order asked for: int64 (sequence, 3)."""
+        out = np.empty((len(seqs), 3), dtype=np.int64)
         for segment in self.layout.segments:
             here = (seqs >= segment.first_seq) & (seqs < segment.first_seq + segment.n_seqs)
             if here.any():
-                out[here] = self._segments[segment.segment].docs[seqs[here] - segment.first_seq]
+                out[here] = self._segments[segment.segment].held_sequences[seqs[here] - segment.first_seq]
         return out
+
+    def documents_of(self, seqs: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
+        """Return the document of each sequence: int64 (sequence)."""
+        return self.sequences_of(seqs)[:, 0]
 
     def _document_text(self, doc: int) -> str:
         """Return the text of one document; raises UnknownName where there is none of this number."""
@@ -273,22 +286,14 @@ class StoreReader:
         """Return the kit piece with this digest: its arrays and attributes."""
         return self.kit.piece(digest)
 
-    def feature_logits(self, sae: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
+    def feature_logits(self, sae: str) -> Logits | None:
         """Return token ids and logits (feature, rank) of an SAE, or None where they were not computed."""
-        name = f"firings/{sae}/feature_logits.zip"
         owner = self.layout.artifacts.get(f"firings/{sae}")
-        if owner is None or name not in self.passes[owner].files:
-            return None
-        files = {name: {"sha256": self.passes[owner].files[name].sha256}}
-        arrays, _ = decode_bundle(read_file(self.location, name, files), name)
-        return arrays["token_ids"], arrays["logits"]
+        return None if owner is None else read_feature_logits(self.location, self.passes[owner], sae)
 
     def labels(self) -> list[tuple[str, int, str]]:
         """Return sae, feature and label of every feature that was named."""
-        if not self.location.exists("labels.json"):
-            return []
-        body = self.location.read_sealed("labels.json")["labels"]
-        return [(sae, int(feature), label) for sae, of in body.items() for feature, label in of.items()]
+        return read_labels(self.location)
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         """Return the small tables of the SQL contract, as rows."""

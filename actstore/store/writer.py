@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from actstore.blocks import Segment
+from actstore.blocks import Segment, scales_path
 from actstore.errors import CorruptStore, InvalidInput, MissingInput, explain
 from actstore.sealed import read_sealed, sha256_hex, write_durably, write_sealed
 
@@ -51,11 +52,12 @@ class StoreWriter:
         Raises MissingInput where there is none, CorruptStore or UnsupportedFormat where it cannot be read.
         """
         if not (root / STORE_FILE).is_file():
+            command = f"actstore extract MODEL DATASET --out {shlex.quote(str(root))} --site 'resid_post.*'"
             raise MissingInput(
                 explain(
                     f"There is no store at {root}",
                     accepted="a local directory that `actstore extract … --out` made",
-                    next_step=f"make one: actstore extract MODEL DATASET --out {root} --site 'resid_post.*'",
+                    next_step=f"make one: {command}",
                 )
             )
         store = StoreFile.from_json(read_sealed(root / STORE_FILE), str(root / STORE_FILE))
@@ -173,6 +175,8 @@ class StoreWriter:
         homes = [f"{ARRAYS}/{artifact}", artifact]
         if artifact.startswith("firings/"):
             homes = [artifact, f"{ARRAYS}/reconstruction/{artifact.removeprefix('firings/')}"]
+        if artifact.startswith("sites/"):
+            homes += [f"{ARRAYS}/{scales_path(artifact)}"]
         homes += [f"passes/{one}" for one in self.layout.passes if one not in passes]
         metadata = {
             path: digest
