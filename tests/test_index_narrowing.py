@@ -12,9 +12,10 @@ import pyarrow as pa
 import pytest
 from index_support import HALF, WIDE, FakeSource
 
+from actstore.errors import QueryError
 from actstore.index import Connection, SqlFunction, build_index, open_index, plain_connection, read_catalog
 from actstore.index.narrowing import find_places, narrow
-from actstore.index.statements import check_statement
+from actstore.index.statements import MAX_TEXT_BYTES, check_statement
 from actstore.index.views import NARROWED
 
 TWICE = SqlFunction("twice", lambda rows: pa.array([2 * row for row in rows.to_pylist()]), ("BIGINT",), "BIGINT")
@@ -176,3 +177,16 @@ def test_each_table_of_an_sae_is_the_same_narrowed(
     assert bool(rows) == (table != "feature_logits" or sae == HALF)
     whole = connection.sql(f"DESCRIBE SELECT * FROM {table}").table
     assert connection.sql(f"DESCRIBE SELECT * FROM {table} WHERE sae = ?", [sae]).table.equals(whole)
+
+
+def test_a_text_that_would_become_too_long_is_asked_as_it_is(connection: Connection) -> None:
+    text = f"SELECT count(*) AS n /* {'a' * (MAX_TEXT_BYTES - 90)} */ FROM activations WHERE sae = ?"
+    assert len(text) < MAX_TEXT_BYTES < len(text) + 100
+    short = connection.sql("SELECT count(*) AS n FROM activations WHERE sae = ?", [HALF])
+    assert connection.sql(text, [HALF]).table.equals(short.table)
+
+
+def test_nobody_but_narrowing_names_a_part(connection: Connection) -> None:
+    for name in ("p0.store", "p5.firings", "internal.labels"):
+        with pytest.raises(QueryError, match="There is no table"):
+            connection.sql(f"SELECT * FROM {name}, activations WHERE activations.sae = ?", [HALF])

@@ -20,8 +20,8 @@ from .engine import REMAKE, in_memory, reading_error
 from .functions import Raised, SqlFunction, register
 from .late import call_late
 from .narrowing import Place, find_places, narrow
-from .schema import TABLES, create_table, quote_name
-from .statements import check_statement
+from .schema import PART_TABLES, TABLES, create_table, quote_name
+from .statements import MAX_TEXT_BYTES, check_statement
 from .views import LABELS, NARROWED, Attached, of_sae, view_query
 
 __all__ = ["Answer", "Connection", "Labels", "open_index", "plain_connection"]
@@ -88,6 +88,8 @@ class Narrowed:
         saes = {part.subject for _, part in attached if part.kind in ("firings", "features", "reconstruction")}
         self._parts = {sae: of_sae(attached, sae) for sae in saes}
         self._labelled = {sae for sae, _, _ in labels}
+        named = {(alias, table) for alias, part in attached for table in PART_TABLES[part.kind]}
+        self.tables = frozenset({*named, tuple(LABELS.split("."))})
         self.query = lru_cache(None)(self._query)
 
     def _query(self, table: str, sae: str) -> str | None:
@@ -144,8 +146,8 @@ class Connection:
         checked = self._checked(text)
         cursor = self._root.cursor()
         with self._translated():
-            narrowed = narrow(checked.text, checked.places, parameters, self._narrowed.query)
-            reader = cursor.sql(self._parsed(narrowed), params=_bound(parameters)).to_arrow_reader(batch_rows)
+            statement = self._parsed(*self._narrow(checked, parameters))
+            reader = cursor.sql(statement, params=_bound(parameters)).to_arrow_reader(batch_rows)
         return pa.RecordBatchReader.from_batches(reader.schema, self._batches(cursor, reader))
 
     def close(self) -> None:
@@ -169,8 +171,18 @@ class Connection:
         places = () if statement.select is None else find_places(statement.text, statement.nodes, NARROWED)
         return Checked(statement.text, places)
 
-    def _parse(self, text: str) -> duckdb.Statement:
-        (statement,) = self._root.extract_statements(text)
+    def _narrow(self, checked: Checked, parameters: Parameters) -> tuple[str, bool]:
+        """Return the text to execute, and whether it is another than was checked."""
+        text = narrow(checked.text, checked.places, parameters, self._narrowed.query)
+        changed = text != checked.text and len(text.encode()) <= MAX_TEXT_BYTES
+        return text if changed else checked.text, changed
+
+    def _parse(self, text: str, changed: bool) -> duckdb.Statement:
+        """Return the statement of a text; one that was changed is checked again: what runs is what was checked."""
+        with self._root.cursor() as cursor:
+            if changed:
+                check_statement(cursor, text, self._narrowed.tables)
+            (statement,) = cursor.extract_statements(text)
         return statement
 
     def _batches(self, cursor: duckdb.DuckDBPyConnection, reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
