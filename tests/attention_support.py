@@ -18,7 +18,7 @@ from actstore.store import StoreReader
 
 torch.set_num_threads(1)
 
-CONTEXT, SHARD_ROWS, BATCH_TOKENS = 12, 24, 40
+CONTEXT, SHARD_ROWS, BATCH_TOKENS = 12, 24, 160
 TEXTS = [
     "the cat on a hat the cat on a hat then",
     "a",

@@ -12,7 +12,10 @@ HOOKED = ("resid_mid", "attn_out", "mlp_out", "z", "resid_post")
 
 
 def batches_of(truth: Truth, batch_tokens: int) -> list[list[int]]:
-    """Return the sequences of every batch: of one shard, longest first, as many as fit when padded to the longest."""
+    """Return the sequences of every batch: of one shard, longest first, as many as fit when padded to the longest.
+
+    From an eighth of that on, none that is shorter than nine tenths of the longest.
+    """
     shard_rows = truth.reader.shard_rows
     by_shard: dict[int, list[int]] = {}
     for seq, (_, row, _) in enumerate(truth.sequences):
@@ -21,7 +24,12 @@ def batches_of(truth: Truth, batch_tokens: int) -> list[list[int]]:
     for members in by_shard.values():
         waiting = sorted(members, key=lambda seq: -int(truth.sequences[seq, 2]))
         while waiting:
-            size = max(1, batch_tokens // int(truth.sequences[waiting[0], 2]))
+            lengths = [int(truth.sequences[seq, 2]) for seq in waiting]
+            size = 1
+            while size < len(lengths) and (size + 1) * lengths[0] <= batch_tokens:
+                if 8 * size * lengths[0] >= batch_tokens and 10 * lengths[size] < 9 * lengths[0]:
+                    break
+                size += 1
             batches.append(waiting[:size])
             waiting = waiting[size:]
     return batches

@@ -326,6 +326,6 @@ def test_the_plan_counts_edges_and_bytes(tmp_path: Path) -> None:
     bytes_of = {size.artifact: size.n_bytes for size in plan.artifacts}
     assert plan.edges_per_token == 3 * 6 * 4 and "72 edges of attention" in str(plan)
     assert bytes_of["attention/0"] == plan.n_rows * 6 * (4 * 8 + 6 * 4)
-    assert bytes_of["sites/pattern.1"] == plan.n_rows * 6 * CONTEXT * 4
+    assert bytes_of["sites/pattern.1"] == plan.n_rows * 6 * CONTEXT * 4 // 2  # no row looks ahead
     without = plan_extraction(Request(**asked, **sizes, sites=("pattern.1",)))
     assert plan.index_bytes - without.index_bytes == int(plan.n_rows * 18 * (8 + 4 * 5.2))

@@ -148,6 +148,25 @@ def test_batches_hold_every_row_once_and_no_more_tokens_than_allowed(small: Smal
             np.testing.assert_array_equal(batch.token_ids[real], token_shard.column("token_id")[batch.rows])
 
 
+@pytest.mark.parametrize("batch_tokens", [1, 100, 256, 2048, 8192])
+def test_padding_costs_little_where_lengths_are_ragged(batch_tokens: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 120, size=100)
+    values = np.full((int(lengths.sum()), 7), 0, np.int32)
+    values[:, 1] = np.repeat(np.arange(100), lengths)
+    batches = plan_batches(actstore.blocks.TokenShard(0, values), batch_tokens)
+    assert sorted(np.concatenate([batch.rows for batch in batches]).tolist()) == list(range(len(values)))
+    for batch, after in zip(batches, [*batches[1:], None], strict=True):
+        held = batch.attention_mask.sum(axis=1)
+        longest = batch.token_ids.shape[1]
+        assert held.max() == longest and (batch.token_ids.size <= batch_tokens or batch.n_sequences == 1)
+        for place in range(1, len(held)):  # what was taken in was alike, or the batch was still small
+            assert 10 * held[place] >= 9 * longest or 8 * place * longest < batch_tokens
+        if after is not None:  # and nothing was left out that could have been taken in
+            following = after.token_ids.shape[1]
+            is_full = (batch.n_sequences + 1) * longest > batch_tokens
+            assert is_full or (10 * following < 9 * longest and 8 * batch.token_ids.size >= batch_tokens)
+
+
 def failing_forward(monkeypatch: pytest.MonkeyPatch, error: Exception, fails: Callable[[int, int], bool]) -> list[int]:
     """Make the model run out of memory where `fails(call, sequences)`; return the sequences of each call."""
     from actstore.models import LoadedModel

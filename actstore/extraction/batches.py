@@ -11,6 +11,9 @@ from actstore.blocks import TokenShard
 
 __all__ = ["Batch", "Sequences", "plan_batches", "sequences_of"]
 
+SHORTEST, TENTHS = 9, 10  # tenths of a batch's longest sequence, where the batch is large enough without shorter ones
+SMALL_BATCH = 8  # the part of `batch_tokens` that is large enough
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -56,15 +59,21 @@ def sequences_of(shard: TokenShard) -> Sequences:
 def plan_batches(shard: TokenShard, batch_tokens: int) -> list[Batch]:
     """Return a shard's batches: sequences by falling length, as many as fit `batch_tokens` padded tokens, at least one.
 
-    Sorting by length keeps padding small; ties go by order in the shard, so the plan is determined by the layout.
+    A batch of an eighth of that is large enough to end where sequences become shorter than nine tenths of its longest:
+    what padding costs is then less than what a smaller product does. Ties go by order in the shard, so the plan is
+    determined by the layout.
     """
     sequences = sequences_of(shard)
     order = np.argsort(-sequences.lengths, kind="stable")
+    falling = sequences.lengths[order]
+    of_length = -TENTHS * falling  # rising, as a search wants it
     token_id = shard.column("token_id").astype(np.int64)
     batches, first = [], 0
     while first < len(order):
-        longest = int(sequences.lengths[order[first]])
-        members = order[first : first + max(1, batch_tokens // longest)]
+        longest = int(falling[first])
+        most, least = max(1, batch_tokens // longest), -(-batch_tokens // (SMALL_BATCH * longest))
+        alike = int(np.searchsorted(of_length, -SHORTEST * longest, side="right")) - first
+        members = order[first : first + min(most, max(least, alike))]
         batches.append(_batch(token_id, sequences, members))
         first += len(members)
     return batches
