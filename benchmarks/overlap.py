@@ -1,6 +1,6 @@
 """Extraction against the limit of its parts: the bare forward pass and the bare encoder over the same batches.
 
-python benchmarks/overlap.py [--tokens 24000] [--threads 1]
+python benchmarks/overlap.py [--tokens 12000] [--threads 1] [--evenly]
 
 The workload is seeded: a random Gemma-2 of 8 layers x 512, ragged documents of 16 to 256 tokens, a 16,384-wide
 JumpReLU SAE with about 80 firings a row. Each kind of extraction is put beside what its parts take alone in the same
@@ -30,13 +30,15 @@ from actstore.corpus import load_tokenizer
 from actstore.demo import assets
 from actstore.extraction.batches import plan_batches
 from actstore.extraction.memory import keep_freed_memory
+from actstore.extraction.request import DEFAULT_SHARD_ROWS
 from actstore.models import LoadedModel, load_model
 from actstore.sites import Site
 from actstore.store import StoreReader
 
 N_LAYERS, D_MODEL, D_SAE, L0, MIDDLE = 8, 512, 16_384, 80, 3  # the SAE stops the forward pass after half the layers
 TILE_ROWS = 1024
-SHARD_ROWS = 4096  # several shards in a short run, so that the last one's writing is not all that is seen
+SHORTEST, LONGEST = 16, 256
+SHARD_ROWS = 2048  # several shards in a short run, so that the last one's writing is not all that is seen
 
 
 def seeded_model() -> Gemma2ForCausalLM:
@@ -57,13 +59,29 @@ def seeded_model() -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval()
 
 
-def ragged_documents(n_tokens: int) -> list[str]:
-    """Return seeded documents of 16 to 256 tokens in random order, about `n_tokens` together."""
+def ragged_documents(n_tokens: int, *, evenly: bool = False) -> list[str]:
+    """Return seeded documents of 16 to 256 tokens, BOS included, in random order, about `n_tokens` together.
+
+    Their lengths are spread evenly in the logarithm, as texts' are, or in themselves where `evenly` says so.
+    """
     random = np.random.default_rng(0)
-    words = " ".join(document["text"] for document in assets().documents()).split()
-    lengths = random.integers(16, 256, size=max(1, n_tokens // 136))
-    starts = random.integers(0, len(words) - 256, size=len(lengths))
-    return [" ".join(words[start : start + length]) for start, length in zip(starts, lengths, strict=True)]
+    lengths = (
+        random.uniform(SHORTEST, LONGEST, n_tokens)
+        if evenly
+        else np.exp(random.uniform(np.log(SHORTEST), np.log(LONGEST), n_tokens))
+    )
+    lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), n_tokens))].astype(int)
+    tokenizer = load_tokenizer(assets().model)
+    words = " ".join(document["text"] for document in assets().documents()[:400]).split()
+    alone = len(tokenizer.encode(["a"]).ids)
+    n_tokens_of = np.array([len(tokenizer.encode([f"a {word}"]).ids) - alone for word in words])
+    ends = np.cumsum(n_tokens_of)
+    documents = []
+    for length in lengths - 1:
+        first = int(random.integers(0, np.searchsorted(ends, ends[-1] - 300)))
+        last = int(np.searchsorted(ends, ends[first] - n_tokens_of[first] + length, side="right"))
+        documents.append(" ".join(words[first:last]))
+    return documents
 
 
 def write_sae(folder: Path, model: LoadedModel, documents: list[str]) -> Path:
@@ -156,7 +174,9 @@ def seconds(run: Any) -> float:
     return time.perf_counter() - started
 
 
-def extracted(home: Path, model: Gemma2ForCausalLM, documents: list[str], **asked: Any) -> float:
+def extracted(
+    home: Path, model: Gemma2ForCausalLM, documents: list[str], shard_rows: int = SHARD_ROWS, **asked: Any
+) -> float:
     """Return the seconds of the loop of one kind of extraction."""
     outcome = actstore.extract(
         model,
@@ -165,7 +185,7 @@ def extracted(home: Path, model: Gemma2ForCausalLM, documents: list[str], **aske
         out=home,
         context=256,
         device="cpu",
-        shard_rows=SHARD_ROWS,
+        shard_rows=shard_rows,
         predictions=False,
         allow_unhealthy=True,
         with_index=False,
@@ -182,7 +202,7 @@ def between(alone: Callable[[], float], run: Callable[[], float]) -> float:
 
 
 def ratios(home: Path, causal_lm: Gemma2ForCausalLM, parts: Parts, documents: list[str], sae: Path) -> list[float]:
-    """Return dense, dense with an SAE, an SAE alone, each over its limit, and what sorting by length saves."""
+    """Return dense, dense with an SAE, and an SAE alone, each over its limit."""
     source = f"{sae}@resid_post.{MIDDLE}"
 
     def dense() -> float:
@@ -198,15 +218,22 @@ def ratios(home: Path, causal_lm: Gemma2ForCausalLM, parts: Parts, documents: li
         between(parts.forward, dense),
         between(lambda: parts.forward() + parts.encode(), both),
         between(lambda: parts.to_middle() + parts.encode(), sparse),
-        1 / between(parts.forward, parts.in_order),
     ]
+
+
+def padding(home: Path, causal_lm: Gemma2ForCausalLM, model: LoadedModel, documents: list[str], sae: Path) -> float:
+    """Return the time of batches in the dataset's order over that of ours, in one shard of the default size."""
+    extracted(home, causal_lm, documents, DEFAULT_SHARD_ROWS, sites=["resid_post.0"])
+    parts = Parts(home, model, sae)
+    return 1 / between(parts.forward, parts.in_order)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=24_000)
+    parser.add_argument("--tokens", type=int, default=12_000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--evenly", action="store_true", help="for padding, lengths spread evenly: at most 1.88 then")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     keep_freed_memory()  # the parts alone must not pay for page faults either
@@ -219,13 +246,15 @@ def main() -> None:
         extracted(home / "warm", causal_lm, documents, sites=["resid_post.0"])
         parts = Parts(home / "warm", model, sae)
         rounds = [ratios(home / str(number), causal_lm, parts, documents, sae) for number in range(asked.rounds)]
-    dense, both, sparse, padding = (statistics.median(one) for one in zip(*rounds, strict=True))
+        one_shard = ragged_documents(int(0.95 * DEFAULT_SHARD_ROWS), evenly=asked.evenly)
+        saved = padding(home / "one shard", causal_lm, model, one_shard, sae)
+    dense, both, sparse = (statistics.median(one) for one in zip(*rounds, strict=True))
     show(
         [
             Measure("dense 8 layers / bare forward", dense, 0.93, 0.97),
             Measure("dense + SAE / (bare forward + encode)", both, 0.93, 0.97),
             Measure("SAE alone / (bare forward to its layer + encode)", sparse, 0.93, 0.97),
-            Measure("dataset-order padding / sorted by length, ragged documents", padding, 2.0, 2.2),
+            Measure("dataset-order padding / sorted by length, ragged documents", saved, 2.0, 2.2),
         ]
     )
     print(f"peak resident memory of the whole run: {workload.peak_memory_mb():.0f} MB")
