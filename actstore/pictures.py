@@ -7,6 +7,7 @@ import math
 from .errors import QueryError, explain
 from .plots import one_line
 from .results import Result
+from .sites import parse_site
 
 __all__ = ["lens_grid"]
 
@@ -36,7 +37,7 @@ def lens_grid(result: Result, *, first: int = 0, last: int | None = None) -> str
     cells = {(row["site"], row["row"]): _cell(row["token"], row["logprob"]) for row in rows}
     margin = max([len(site) for site in layers] + [5])
     lines = [f"{'input':>{margin}}  " + " ".join(_token(text).ljust(CELL) for _, _, text in positions)]
-    for site in sorted(layers, key=lambda one: (layers[one], one), reverse=True):
+    for site in sorted(layers, key=lambda one: parse_site(one).depth, reverse=True):
         lines.append(f"{site:>{margin}}  " + " ".join(cells.get((site, row), " " * CELL) for row, _, _ in positions))
     legend = "probability of the top token: " + " ".join(
         f"{shade!r} from {20 * step} %" for step, shade in enumerate(SHADES)

@@ -24,9 +24,13 @@ SCRIPTS = (
     ("index.py",),
     ("query.py",),
     ("gather.py",),
+    ("lens.py", "--vocabulary", "8192", "--rounds", "9"),
+)
+LARGE = (
+    ("index.py", "--firings", "10e6", "100e6", "--large"),
+    ("query.py", "--firings", "100e6", "1e9"),
     ("lens.py",),
 )
-LARGE = (("index.py", "--large"), ("query.py", "--large"), ("lens.py", "--large"))
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import workload
+from measures import Measure, show
 
 import actstore
 from actstore.demo import assets
@@ -53,8 +54,8 @@ def gather_stored(store: actstore.api.Store, parts: list[Rows]) -> None:
         store.functions.vectors(SITE, rows)
 
 
-def compare(name: str, path: Path, home: Path, rows: Rows) -> None:
-    """Print a line: what the rows take, in this order, from both."""
+def compare(name: str, path: Path, home: Path, rows: Rows) -> Measure:
+    """Print a line: what the rows take, in this order, from both; return their ratio."""
     parts = batches(rows)
     with actstore.open(path) as store:
         values = mapped(store, home / "site.npy")
@@ -65,6 +66,7 @@ def compare(name: str, path: Path, home: Path, rows: Rows) -> None:
         ours, _ = workload.percentiles(lambda: gather_stored(store, parts), TIMES)
     rate = 1000 * len(rows) / ours
     print(f"{name:<16} {plain:>10.1f} {ours:>10.1f} {ours / plain:>6.2f} {first:>14.1f} {rate:>12.0f}", flush=True)
+    return Measure(f"act() of rows {name} / memory-mapped file", ours / plain, 3, 2, "x", less=True)
 
 
 def report(path: Path, home: Path) -> None:
@@ -76,8 +78,8 @@ def report(path: Path, home: Path) -> None:
         rows = np.asarray(store.sql("SELECT row FROM tokens ORDER BY row").table["row"])
         asked = {"sae": store.saes[0], "feature": 17}
         p50, p95 = workload.percentiles(lambda: store.sql(NEAREST, asked), TIMES)
-    compare("in order", path, home, rows)
-    compare("random", path, home, np.random.default_rng(0).permutation(rows))
+    orders = {"in order": rows, "at random": np.random.default_rng(0).permutation(rows)}
+    show([compare(name, path, home, one) for name, one in orders.items()])
     print(f"20 rows nearest to a feature, of {len(rows)}: {p50:.0f} ms (p95 {p95:.0f})")
 
 

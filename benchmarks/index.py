@@ -1,6 +1,6 @@
 """The rate at which an index is built, and what a firing costs in it, from few firings to many.
 
-python benchmarks/index.py [--firings 10e6 100e6] [--large]
+python benchmarks/index.py [--firings 20e6] [--large]
 
 Writes the firings of one SAE as the bundles that an extraction writes (16,384 features whose frequencies fall like
 Zipf's law, about 80 on a row), then builds the index from them: every point in a process of its own, so that its peak
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import workload
+from measures import Measure, show
 
 from actstore.blocks import FLAG_SPECIAL, TOKEN_FIELDS, FiringsSpec, RowFirings
 from actstore.index import Catalog, build_index, open_index
@@ -181,11 +182,19 @@ def measure(n_firings: float) -> None:
         f" {indexed:>8.2f} {truth + indexed:>6.2f} {before:>10.0f} {peak:>8.0f}",
         flush=True,
     )
+    size = f"of {n / 1e6:.0f} M firings"
+    show(
+        [
+            Measure(f"index built, statistics and examples included, {size}", n / seconds / 1e6, 5, 15, "M/s"),
+            Measure(f"truth and index, {size}", truth + indexed, 6.6, 6.0, "B/firing", less=True),
+            Measure(f"peak memory of the build, {size}", peak, 2048, 1024, "MB", less=True),
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--firings", type=float, nargs="+", default=[10e6, 100e6])
+    parser.add_argument("--firings", type=float, nargs="+", default=[20e6])
     parser.add_argument("--large", action="store_true", help="300 million firings as well")
     arguments = parser.parse_args()
     print(f"machine: {workload.machine()}")

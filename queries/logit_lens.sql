@@ -7,7 +7,13 @@
 -- :sites  text = resid_*   which sites, as a pattern
 -- :lens   text = logit     which lens: logit, or the name of a tuned one that was saved
 WITH place AS (
-    SELECT row, seq, pos, token FROM tokens WHERE doc = $doc
+    SELECT row, seq, pos, token FROM tokens
+    WHERE doc = $doc AND CASE
+        WHEN $lens = 'logit' AND EXISTS (SELECT 1 FROM sites WHERE kind LIKE 'resid%' AND site GLOB $sites) THEN true
+        WHEN EXISTS (SELECT 1 FROM lens_summary WHERE lens = $lens AND site GLOB $sites) THEN true
+        ELSE error('Nothing is stored that the lens ' || $lens || ' reads at sites like ' || $sites
+                   || '; the query contents lists what is')::BOOLEAN
+    END
 ),
 computed AS (
     SELECT s.site, s.layer, p.row, logit_lens(s.site, p.row, $k) AS tokens
@@ -25,4 +31,4 @@ read_out AS (
 )
 SELECT r.site, r.layer, p.seq, p.pos, p.row, p.token AS input, r.rank, r.token_id, r.token, r.logprob
 FROM read_out r JOIN place p USING (row)
-ORDER BY r.layer, r.site, p.row, r.rank;
+ORDER BY r.layer, list_position(['resid_pre', 'resid_mid', 'resid_post'], split_part(r.site, '.', 1)), p.row, r.rank;

