@@ -112,7 +112,7 @@ class MissingDependency(ActstoreError, ImportError):
 
 def explain(what: str, *, accepted: str | None = None, next_step: str | None = None) -> str:
     """Return one message: what happened with its value, what is accepted, the next step."""
-    parts = [what.rstrip(".") + "."]
+    parts = [what if what.endswith("?") else what.rstrip(".") + "."]
     if accepted:
         parts.append(f"Accepted: {accepted.rstrip('.')}.")
     if next_step:

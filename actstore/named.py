@@ -86,7 +86,7 @@ class Parameter:
             return None
         try:
             read: Any = _LISTS[self.kind](value) if self.kind in _LISTS else _single(_TYPES[self.kind], value)
-            if read < _LEAST.get(self.kind, read):
+            if not _LEAST.get(self.kind, read) <= read <= _MOST.get(self.kind, read):
                 raise ValueError
             return read
         except (ValueError, TypeError, KeyError):
@@ -157,9 +157,10 @@ def _condition(key: str, value: Any) -> dict[str, Any]:
 
 _LISTS: dict[str, Callable[[Any], list[Any]]] = {"integers": _integers, "texts": _texts, "documents": _documents}
 _LEAST = {"amount": 0, "count": 1}
+_MOST = {"amount": 1_000_000, "count": 1_000_000}  # DuckDB keeps no more of an ordered aggregate
 _SPELLED = {
-    "amount": " from 0",
-    "count": " from 1",
+    "amount": f" from 0 to {_MOST['amount']}",
+    "count": f" from 1 to {_MOST['count']}",
     "integers": f" as 1-3,8, at most {_MOST_INTEGERS}",
     "texts": " with | between",
     "documents": " as topic=sports & doc=0-99,200 & text=%goal%",

@@ -182,12 +182,12 @@ def report(home: Path, asked: argparse.Namespace) -> None:
         f"anonymous memory: {used['largest']:.0f} MB at most, {used['before']:.0f} MB before the question; "
         f"peak resident {used['resident']:.0f} MB"
     )
-    show(measures(asked.vocabulary, found["milliseconds"], used["largest"]))
+    show(measures(asked.vocabulary, found["milliseconds"], plain, used["largest"]))
     saved = measured("save", home, asked)
     print(f"save-lens: {saved['rows_per_second']:.1f} rows/s ({saved['seconds']:.1f} s)")
 
 
-def measures(vocabulary: int, taken: dict[str, list[float]], memory_mb: float) -> list[Measure]:
+def measures(vocabulary: int, taken: dict[str, list[float]], plain: list[float], memory_mb: float) -> list[Measure]:
     """Return what is to be reached: of a small vocabulary a time, of a large one a ratio and the memory."""
     ours = min(taken["query logit_lens"])
     where = f"vocabulary {vocabulary:,}"
@@ -195,7 +195,7 @@ def measures(vocabulary: int, taken: dict[str, list[float]], memory_mb: float) -
         aim = 1.3 * min(taken["multiply alone"])
         return [Measure(f"logit lens of 100 tokens at a site, {where}", ours, 100, aim, "ms", less=True)]
     return [
-        Measure(f"logit lens of 100 tokens / blocked product, {where}", ours / min(taken[PLAIN]), 2, 1.3, less=True),
+        Measure(f"logit lens of 100 tokens / blocked product, {where}", ours / min(plain), 2, 1.3, less=True),
         Measure(f"anonymous memory of that lens, {where}", memory_mb, 1000, 500, "MB", less=True),
     ]
 
