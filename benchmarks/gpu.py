@@ -48,11 +48,6 @@ class Tf32Encoder(SaeEncoder):
         with _tf32():
             return super()._before(rows, is_narrow)
 
-    def decode(self, features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return what `SaeEncoder.decode` does."""
-        with _tf32():
-            return super().decode(features, rows)
-
 
 @contextmanager
 def _tf32() -> Iterator[None]:
