@@ -441,7 +441,7 @@ def test_a_token_as_a_label(token: str | None, label: str) -> None:
         ("max_activating", {"sae": RES, "feature": ALWAYS, "k": 101}, {}, r"101 examples. Accepted: at most 100"),
         ("feature_stats", {"sae": RES, "k": 200}, {}, r"features. Accepted: at most 100"),
         ("activation_histogram", {"sae": RES, "feature": DEAD}, {}, r"none of which ever fires"),
-        ("logit_lens", {"doc": 3, "sites": "nosuch"}, {}, r"no rows: nothing to draw"),
+        ("logit_lens", {"doc": 3, "sites": "nosuch"}, {}, r"Nothing is stored that the lens"),
     ],
 )
 def test_what_has_no_picture_says_so(
