@@ -46,6 +46,7 @@ _USED = re.compile(r"\$(\w+)")
 _CASE = re.compile(r"^-- :(?:up-to((?: \w+=\d+)+)|else)$", re.MULTILINE)
 _MOST_INTEGERS = 100_000
 _SPAN = re.compile(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?")
+_PATH = re.compile(r'[^$*"][^*"]*|\$(\.("[^*"]+"|[^\s*".\[\]]+)|\[\d+\])*')
 _SPANS = re.compile(r"[\d\s,-]+")
 _TYPES: dict[str, type] = {
     "text": str,
@@ -150,9 +151,18 @@ def _condition(key: str, value: Any) -> dict[str, Any]:
     spans = _spans(value) if key == "doc" else []
     if (key == "doc" and not spans) or value is None:
         raise ValueError
-    # Metadata are compared as JSON's ->> shows them.
-    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return {"key": key, "value": shown, "spans": spans}
+    # Metadata are compared as JSON's ->> shows them: without spaces, exponents without + and zeros.
+    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if isinstance(value, float):
+        shown = re.sub(r"e\+?(-?)0*", r"e\1", shown)
+    return {"key": _path(key), "value": shown, "spans": spans}
+
+
+def _path(key: str) -> str:
+    """Return a key as ->> takes it; raises ValueError for what would end DuckDB instead of a query: wildcards."""
+    if not _PATH.fullmatch(key):
+        raise ValueError
+    return f'$."{key}"' if key.startswith("/") else key
 
 
 _LISTS: dict[str, Callable[[Any], list[Any]]] = {"integers": _integers, "texts": _texts, "documents": _documents}

@@ -356,3 +356,10 @@ def test_a_wrong_question_is_an_error_that_helps(
     with pytest.raises(kind) as caught:
         opened.query(name, given)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["*", "a*", '"', "$.", "$[", "$.*", '$."*"', "$..a", "$a", "$.a[*]"])
+def test_a_key_that_would_end_the_database_is_refused(opened: Store, key: str) -> None:
+    with pytest.raises(QueryError, match="'docs' is"):
+        opened.query("token_expression", {"sae": RES, "docs": {key: 1}})
+    assert opened.query("contents").rows()
