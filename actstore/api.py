@@ -92,7 +92,12 @@ class Store:
 
         Raises QueryError, with DuckDB's own words, where it is wrong or does more than read.
         """
-        answer = self._connection.sql(text, parameters, limit=limit)
+        connection = self._connection
+        try:
+            answer = connection.sql(text, parameters, limit=limit)
+        finally:
+            if connection.has_ended:  # the next statement opens another
+                self.close()
         return Result(distinct_names(answer.table), answer.truncated)
 
     def query(self, name: str, parameters: Mapping[str, Any] | None = None, *, limit: int | None = None) -> Result:

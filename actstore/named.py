@@ -46,7 +46,7 @@ _USED = re.compile(r"\$(\w+)")
 _CASE = re.compile(r"^-- :(?:up-to((?: \w+=\d+)+)|else)$", re.MULTILINE)
 _MOST_INTEGERS = 100_000
 _SPAN = re.compile(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?")
-_PATH = re.compile(r'[^$*"][^*"]*|\$(\.("[^*"]+"|[^\s*".\[\]]+)|\[\d+\])*')
+_PATH = re.compile(r'[^$*][^*]*|\$(\.("[^*"]+"|[^\s*".\[\]]+)|\[\d+\])*')
 _SPANS = re.compile(r"[\d\s,-]+")
 _TYPES: dict[str, type] = {
     "text": str,
@@ -162,7 +162,7 @@ def _path(key: str) -> str:
     """Return a key as ->> takes it; raises ValueError for what would end DuckDB instead of a query: wildcards."""
     if not _PATH.fullmatch(key):
         raise ValueError
-    return f'$."{key}"' if key.startswith("/") else key
+    return f"$.{json.dumps(key, ensure_ascii=False)}" if key.startswith("/") else key
 
 
 _LISTS: dict[str, Callable[[Any], list[Any]]] = {"integers": _integers, "texts": _texts, "documents": _documents}

@@ -333,3 +333,11 @@ def test_reading_imports_neither_torch_nor_transformers(small: SmallStore) -> No
     program = LIGHT.format(path=str(small.path), queries=queries, sae=RES)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_statement_that_ends_the_database_ends_no_other(small: SmallStore) -> None:
+    with actstore.open(small.path) as store:
+        with pytest.raises(QueryError, match="JSON path"):
+            store.sql("SELECT list_transform(['*'], lambda key: metadata ->> key) FROM documents")
+        assert store.sql("SELECT count(*) FROM documents").scalar() > 0
+        assert store.query("contents").rows()

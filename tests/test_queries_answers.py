@@ -358,7 +358,7 @@ def test_a_wrong_question_is_an_error_that_helps(
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["*", "a*", '"', "$.", "$[", "$.*", '$."*"', "$..a", "$a", "$.a[*]"])
+@pytest.mark.parametrize("key", ["*", "a*", "$.", "$[", "$.*", '$."*"', "$..a", "$a", "$.a[*]"])
 def test_a_key_that_would_end_the_database_is_refused(opened: Store, key: str) -> None:
     with pytest.raises(QueryError, match="'docs' is"):
         opened.query("token_expression", {"sae": RES, "docs": {key: 1}})

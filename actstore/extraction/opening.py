@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from actstore.blocks import TokenShard
+from actstore.blocks import FiringsSpec, MatrixSpec, TokenShard
 from actstore.corpus import TokenizerHandle
 from actstore.health import HealthCheck
 from actstore.models import LoadedModel
@@ -98,7 +98,13 @@ class Opening:
             request, self.model, self.model.identity, self.model.dtype, saes, corpus, writer.layout
         )
         identity.find_pass(recipe, writer.store, writer.layout, StoreReader(request.out).passes, request)
+        if identity.pass_id_of(recipe) not in writer.layout.passes:  # before a segment is added to what will be refused
+            identity.refuse_again(PassFile(recipe.to_json(), *self._makes(recipe)), writer.layout)
         return recipe
+
+    def _makes(self, recipe: Recipe) -> tuple[tuple[MatrixSpec, ...], tuple[FiringsSpec, ...]]:
+        """Return what a pass with this recipe will hold."""
+        return matrices_of(recipe, self.model.site_width, self.model.sites()), firings_of(recipe)
 
     def _stored_max_tokens(self, segment: int) -> int | None:
         stored: int | None = StoreReader(self.request.out).corpus_manifests[segment]["describe"]["max_tokens"]
@@ -124,8 +130,7 @@ class Opening:
     def begin(self, writer: StoreWriter, recipe: Recipe, model_checks: Sequence[HealthCheck]) -> None:
         """Prove the SAEs, write the kit, and declare the pass."""
         request = self.request
-        matrices, firings = matrices_of(recipe, self.model.site_width, self.model.sites()), firings_of(recipe)
-        identity.refuse_again(PassFile(recipe.to_json(), matrices, firings), writer.layout)
+        matrices, firings = self._makes(recipe)
         rows = RowsOfModel(self.model, recipe, _shards(request), writer.store.batch_tokens)
         sae_checks = prove_saes(rows, self.encoders, allow_unhealthy=request.allow_unhealthy)
         made = PassFile(

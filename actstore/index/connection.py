@@ -116,6 +116,7 @@ class Connection:
         self._raised = raised
         self._functions = frozenset(functions)
         self._narrowed = narrowed
+        self.has_ended = False  # DuckDB met an error of its own making: it answers nothing more
         # What a text is found to be depends on nothing else; a text that is refused is looked at again.
         self._checked = lru_cache(_STATEMENTS_CACHED)(self._check)
         self._parsed = lru_cache(_STATEMENTS_CACHED)(self._parse)
@@ -198,6 +199,7 @@ class Connection:
         try:
             yield
         except (duckdb.Error, OSError, pa.ArrowException) as error:  # Arrow's, while a stream is being read
+            self.has_ended |= isinstance(error, (duckdb.InternalException, duckdb.FatalException))
             raise self._raised.find(str(error)) or reading_error(error) from None
 
 
