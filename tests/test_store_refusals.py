@@ -194,3 +194,12 @@ def test_unless_that_is_wanted_and_then_it_is_recorded(begun_elsewhere: Path) ->
     receipts = next(iter(StoreReader(begun_elsewhere).receipts.values()))
     assert [one["provenance"]["device_type"] for one in receipts.values()][:3] == ["cuda", "cuda", "cpu"]
     assert truth(begun_elsewhere) == truth(finished())
+
+
+def test_an_append_that_is_refused_adds_no_segment(tmp_path: Path) -> None:
+    store, world = copy_of_finished(tmp_path), tiny_world()
+    before = hashes(store, "passes", "arrays")
+    sites = ["resid_post.1", "resid_pre.1"]  # the first is stored already, by another pass
+    with pytest.raises(InvalidInput, match="stored already"):
+        extract(store, into=True, dataset=None, append=str(world.more), sites=sites, saes=[], lens_sites=())
+    assert hashes(store, "passes", "arrays") == before
