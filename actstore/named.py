@@ -171,6 +171,7 @@ _MOST = {"amount": 1_000_000, "count": 1_000_000}  # DuckDB keeps no more of an 
 _SPELLED = {
     "amount": f" from 0 to {_MOST['amount']}",
     "count": f" from 1 to {_MOST['count']}",
+    **dict.fromkeys(("doc", "row", "feature", "layer", "head"), ", an integer"),
     "integers": f" as 1-3,8, at most {_MOST_INTEGERS}",
     "texts": " with | between",
     "documents": " as topic=sports & doc=0-99,200 & text=%goal%",

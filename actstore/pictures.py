@@ -28,7 +28,8 @@ def lens_grid(result: Result, *, first: int = 0, last: int | None = None) -> str
     if not rows:
         raise QueryError(
             explain(
-                "There is nothing to show: no residual site and no lens is stored, or no position is asked for",
+                "There is nothing to show: no residual site and no lens is stored of this document (its shard may not "
+                "be extracted yet), or no position is asked for",
                 next_step="actstore extract MODEL --into STORE --lens 5, or --site 'resid_post.*'",
             )
         )
