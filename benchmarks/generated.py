@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from workload import DIGEST, corpus_of, model_that_is_nowhere
 
 from actstore.blocks import (
     FLAG_SPECIAL,
@@ -33,14 +34,14 @@ from actstore.corpus import CorpusBatch
 from actstore.corpus.layout import DocumentRow
 from actstore.maintenance import index
 from actstore.models import ModelFacts
-from actstore.recipe import CorpusIdentity, ModelIdentity, Recipe, SaeIdentity
+from actstore.recipe import Recipe, SaeIdentity
 from actstore.store import PassFile, PassWriter, StoreFile, StoreWriter, pack_texts, write_piece
 
 __all__ = ["Shape", "feature_firings", "firings_of", "generate", "sae_name", "snippet_of"]
 
+NAME = "generated"
 DOCUMENT_ROWS, VOCABULARY, FIRINGS_PER_ROW = 200, 8_192, 80
 N_VALUES, SHARDS_DRAWN = len(RECONSTRUCTION_VALUES), 4
-DIGEST = "0" * 64
 TOKEN_CHARACTERS = 5  # every token is a space and a word of four letters
 
 
@@ -211,32 +212,19 @@ def _store_file(root: Path, shape: Shape) -> StoreFile:
         batch_tokens=8192,
         context=DOCUMENT_ROWS,
         stride=DOCUMENT_ROWS,
-        tokenizer={"name": "generated", "digest": DIGEST, "bos_id": 0, "special_ids": [0]},
-        model={"identity": asdict(_model()), "facts": asdict(facts)},
+        tokenizer={"name": NAME, "digest": DIGEST, "bos_id": 0, "special_ids": [0]},
+        model={"identity": asdict(model_that_is_nowhere(NAME)), "facts": asdict(facts)},
         vocabulary=write_piece(root, pack_texts(_words()), {}),
         created="2026-01-01T00:00:00+00:00",
         versions={},
     )
 
 
-def _model() -> ModelIdentity:
-    digests = {"config_digest": DIGEST, "weights_digest": DIGEST}
-    return ModelIdentity(name="generated", revision=None, architecture="Gemma2ForCausalLM", **digests)
-
-
 def _recipe(saes: list[str], shape: Shape) -> Recipe:
-    corpus = CorpusIdentity(
-        documents_digest=DIGEST,
-        max_tokens=None,
-        tokenizer_digest=DIGEST,
-        context=DOCUMENT_ROWS,
-        stride=DOCUMENT_ROWS,
-        shard_rows=shape.shard_rows,
-        batch_tokens=8192,
-    )
+    corpus = corpus_of(DOCUMENT_ROWS, shape.shard_rows, batch_tokens=8192)
     common: dict[str, Any] = {"width": shape.features, "d_in": 64, "architecture": "jumprelu", "weights_digest": DIGEST}
     coders = tuple(SaeIdentity(sae=sae, site=f"resid_post.{number}", **common) for number, sae in enumerate(saes))
-    return Recipe(model=_model(), corpus=corpus, saes=coders, predictions=False)
+    return Recipe(model=model_that_is_nowhere(NAME), corpus=corpus, saes=coders, predictions=False)
 
 
 def main() -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from workload import DIGEST, corpus_of, model_that_is_nowhere
 
 from actstore.blocks import TOKEN_FIELDS, MatrixSpec, ShardBlock, TokenShard
 from actstore.corpus import CorpusBatch
 from actstore.corpus.layout import DocumentRow
 from actstore.maintenance import index
 from actstore.models import ModelFacts
-from actstore.recipe import CorpusIdentity, ModelIdentity, Recipe
+from actstore.recipe import ModelIdentity, Recipe
 from actstore.store import PassFile, PassWriter, StoreFile, StoreWriter, pack_texts, write_piece
 
 __all__ = ["NORM_EPSILON", "PLAIN_FILE", "SITE", "SOFTCAP", "STORE", "write"]
@@ -23,7 +24,6 @@ __all__ = ["NORM_EPSILON", "PLAIN_FILE", "SITE", "SOFTCAP", "STORE", "write"]
 STORE, PLAIN_FILE, SITE = "lens.act", "unembedding.npy", "resid_post.0"
 SOFTCAP, NORM_EPSILON = 30.0, 1e-6
 SHARD_ROWS, ROWS_AT_ONCE = 1024, 4096
-DIGEST = "0" * 64
 DEVIATION = 0.08  # of an unembedding's numbers: logits then spread by a few units, as a model's do
 
 Unembedding = npt.NDArray[Any]
@@ -32,7 +32,7 @@ Unembedding = npt.NDArray[Any]
 def write(home: Path, vocabulary: int, width: int, tokens: int) -> int:
     """Write the store and its index, and beside it the unembedding as one plain file; return that file's bytes."""
     weight = write_plain(home / PLAIN_FILE, vocabulary, width)
-    root, facts, identity = home / STORE, facts_of(vocabulary, width), model_identity()
+    root, facts, identity = home / STORE, facts_of(vocabulary, width), model_that_is_nowhere("random")
     StoreWriter.prepare(root)
     store = StoreFile(
         shard_rows=SHARD_ROWS,
@@ -116,28 +116,9 @@ def facts_of(vocabulary: int, width: int) -> ModelFacts:
     )
 
 
-def model_identity() -> ModelIdentity:
-    """Return the identity of a model that is nowhere."""
-    return ModelIdentity(
-        name="random",
-        revision=None,
-        architecture="Gemma2ForCausalLM",
-        config_digest=DIGEST,
-        weights_digest=DIGEST,
-    )
-
-
 def recipe_of(model: ModelIdentity, tokens: int) -> Recipe:
     """Return the recipe of the pass that stores the site."""
-    corpus = CorpusIdentity(
-        documents_digest=DIGEST,
-        max_tokens=None,
-        tokenizer_digest=DIGEST,
-        context=tokens,
-        stride=tokens,
-        shard_rows=SHARD_ROWS,
-        batch_tokens=4096,
-    )
+    corpus = corpus_of(tokens, SHARD_ROWS, batch_tokens=4096)
     return Recipe(
         model=model,
         corpus=corpus,

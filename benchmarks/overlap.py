@@ -225,6 +225,9 @@ def padding(home: Path, causal_lm: Gemma2ForCausalLM, model: LoadedModel, docume
     """Return the time of batches in the dataset's order over that of ours, in one shard of the default size."""
     extracted(home, causal_lm, documents, DEFAULT_SHARD_ROWS, sites=["resid_post.0"])
     parts = Parts(home, model, sae)
+    n_padded = sum(token_ids.numel() for token_ids, _ in parts.pairs)
+    n_real = sum(int(mask.sum()) for _, mask in parts.pairs)
+    print(f"  batches: {n_padded / n_real:.3f} padded tokens for each real one, {n_padded // len(parts.pairs)} a batch")
     return 1 / between(parts.forward, parts.in_order)
 
 

@@ -14,10 +14,21 @@ import numpy as np
 
 from actstore.demo import assets
 from actstore.maintenance import extract_and_index
+from actstore.recipe import CorpusIdentity, ModelIdentity
 
-__all__ = ["build_store", "machine", "peak_memory_mb", "percentiles", "repeated_documents"]
+__all__ = [
+    "DIGEST",
+    "build_store",
+    "corpus_of",
+    "machine",
+    "model_that_is_nowhere",
+    "peak_memory_mb",
+    "percentiles",
+    "repeated_documents",
+]
 
 CONTEXT = 256
+DIGEST = "0" * 64  # of what is generated and was never read
 
 
 def machine() -> str:
@@ -55,6 +66,25 @@ def build_store(out: Path, documents: list[dict[str, Any]], **options: Any) -> A
         device="cpu",
         context=CONTEXT,
         **options,
+    )
+
+
+def model_that_is_nowhere(name: str) -> ModelIdentity:
+    """Return the identity of a model of which only generated numbers are stored."""
+    digests = {"config_digest": DIGEST, "weights_digest": DIGEST}
+    return ModelIdentity(name=name, revision=None, architecture="Gemma2ForCausalLM", **digests)
+
+
+def corpus_of(context: int, shard_rows: int, batch_tokens: int) -> CorpusIdentity:
+    """Return the identity of a generated corpus."""
+    return CorpusIdentity(
+        documents_digest=DIGEST,
+        max_tokens=None,
+        tokenizer_digest=DIGEST,
+        context=context,
+        stride=context,
+        shard_rows=shard_rows,
+        batch_tokens=batch_tokens,
     )
 
 

@@ -18,8 +18,8 @@ def keep_freed_memory() -> bool:
     """Keep large blocks that are freed for the next ones like them; return whether the C library can be told so.
 
     glibc gives every freed block above 32 MB back to the kernel, which clears each of its pages again when the next
-    activation of the same size is allocated: 13 to 25 % of a forward pass on the CPU. The most that the process ever
-    used at once is what it keeps then.
+    activation of the same size is allocated, which a forward pass on the CPU does in every layer. The most that the
+    process ever used at once is what it keeps then.
     """
     if not sys.platform.startswith("linux"):
         return False

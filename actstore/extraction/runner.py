@@ -2,7 +2,8 @@
 
 A shard's residual streams stay on the device until all its batches have run; coders and lenses then read them in fixed
 tiles and blocks of rows. So what they make depends on neither the batches nor memory, and `encode` can repeat it later.
-Nothing here waits for the device: what it makes comes to the host beside the next shard's work.
+The host waits for the device once for each SAE, and for each block of attention; the rest comes to it beside the next
+shard's work.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Encoding",
-    "encode_shard",
     "encoded_in_slots",
     "finished_block",
     "largest_tile",
@@ -34,7 +33,7 @@ TILE_ROWS = 1024
 SLOTS_PER_ROW = 512  # a CUDA tile's room for firings; few coders have more, and those lose only time
 
 Encoding = Callable[[], tuple[RowFirings, npt.NDArray[np.float32]]]
-"""Waits for a shard's firings and RECONSTRUCTION_VALUES, as `encode_shard` returns them."""
+"""Waits for a shard's firings and RECONSTRUCTION_VALUES."""
 
 
 def largest_tile(shard_rows: int) -> int:
@@ -48,19 +47,12 @@ def sites_of(encoder: Encoder) -> tuple[Site, ...]:
     return (parse_site(encoder.identity.site), *((parse_site(written),) if written else ()))
 
 
-def encode_shard(
-    encoder: Encoder, rows: Mapping[Site, torch.Tensor], shard: TokenShard, recipe: Recipe
-) -> tuple[RowFirings, npt.NDArray[np.float32]]:
-    """Encode a shard in tiles of `recipe.tile_rows`; tiles of nothing but filler are left out.
-
-    rows: (row, width) of the encoder's sites over the whole shard, on its device, NaN on filler. Returns the firings
-    and RECONSTRUCTION_VALUES: float32 (row, 3), NaN on filler.
-    """
-    return start_encoding(encoder, rows, shard, recipe)()
-
-
 def start_encoding(encoder: Encoder, rows: Mapping[Site, torch.Tensor], shard: TokenShard, recipe: Recipe) -> Encoding:
-    """Begin `encode_shard`; what is returned may wait for it in another thread."""
+    """Begin to encode a shard in tiles of `recipe.tile_rows`; tiles of nothing but filler are left out.
+
+    rows: (row, width) of the encoder's sites over the whole shard, on its device, NaN on filler. What is returned may
+    be called in another thread; it gives the firings and RECONSTRUCTION_VALUES: float32 (row, 3), NaN on filler.
+    """
     import torch
 
     values, *targets = (rows[site] for site in sites_of(encoder))

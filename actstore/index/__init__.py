@@ -1,7 +1,8 @@
 """The index: immutable DuckDB parts derived from the store's truth, and the limited path by which SQL reads them."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from actstore.on_demand import on_demand
 
 from .catalog import CURRENT, EMPTY, Catalog, Cover, Part, load_catalog, read_catalog
 from .connection import Answer, Connection, open_index, plain_connection
@@ -40,18 +41,15 @@ __all__ = [
 ]
 
 # What only builds is imported when it is asked for: a question needs none of it, and waits for its imports.
-_LATE = {
-    "Progress": "build",
-    "build_index": "build",
-    "MAX_PARTS": "compaction",
-    "compact": "compaction",
-    "find_orphans": "upkeep",
-    "gc_index": "upkeep",
-    "verify_index": "upkeep",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_LATE[name]}", __name__), name)
+__getattr__ = on_demand(
+    __name__,
+    {
+        "Progress": "build",
+        "build_index": "build",
+        "MAX_PARTS": "compaction",
+        "compact": "compaction",
+        "find_orphans": "upkeep",
+        "gc_index": "upkeep",
+        "verify_index": "upkeep",
+    },
+)

@@ -1,7 +1,8 @@
 """The store on disk: layout, arrays, firings, claims, receipts, kit, proof. Home of zarr, numcodecs and fsspec."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from actstore.on_demand import on_demand
 
 from .bundle import decode_bundle, encode_bundle, open_bundle
 from .kit import kit_file, open_piece, pack_texts, write_piece
@@ -45,21 +46,18 @@ __all__ = [
 ]
 
 # What only writes is imported when it is asked for: a question needs none of it, and waits for its imports.
-_LATE = {
-    "exclusive": "claims",
-    "no_claims": "claims",
-    "prove_and_write": "files",
-    "Journal": "journal",
-    "run_reports": "journal",
-    "PassWriter": "passes",
-    "sweep_store": "sweep",
-    "Verification": "verify",
-    "verify_store": "verify",
-    "StoreWriter": "writer",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_LATE[name]}", __name__), name)
+__getattr__ = on_demand(
+    __name__,
+    {
+        "exclusive": "claims",
+        "no_claims": "claims",
+        "prove_and_write": "files",
+        "Journal": "journal",
+        "run_reports": "journal",
+        "PassWriter": "passes",
+        "sweep_store": "sweep",
+        "Verification": "verify",
+        "verify_store": "verify",
+        "StoreWriter": "writer",
+    },
+)
