@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from actstore.errors import InvalidInput
-from actstore.extraction.tiles import encoded_in_slots
+from actstore.extraction.tiles import encoded_tiles
 from actstore.recipe import SaeIdentity
 from actstore.saes import EncodedTile, Encoder, NeuronEncoder, SaeEncoder, ScreenEncoder, SparseCoder
 from actstore.saes.screen import split
@@ -198,7 +198,7 @@ def test_slots_change_no_bit_whether_they_suffice_or_not(encoder: Encoder, slots
     rows[2, 0] = torch.nan
     listed = torch.arange(len(rows)) % 5 != 0
     cut = list(zip(torch.split(rows, N_ROWS), torch.split(listed, N_ROWS), strict=True))
-    for found, (tile_rows, tile_listed) in zip(encoded_in_slots(encoder, cut, slots_per_row), cut, strict=True):
+    for found, (tile_rows, tile_listed) in zip(encoded_tiles([encoder], cut, slots_per_row)[0], cut, strict=True):
         expected = encoder.encode(tile_rows, tile_listed)
         for name in ("counts", "features", "activations", "reconstruction"):
             one, other = getattr(found, name), getattr(expected, name)
@@ -211,7 +211,7 @@ def test_firings_of_rows_that_are_not_listed_may_be_what_does_not_fit() -> None:
     counts = encoder.encode(rows).counts
     last = torch.arange(N_ROWS) == N_ROWS - 1
     assert 0 < counts[last] <= N_ROWS < counts.sum()
-    (found,), expected = encoded_in_slots(encoder, [(rows, last)], 1), encoder.encode(rows, last)
+    ((found,),), expected = encoded_tiles([encoder], [(rows, last)], 1), encoder.encode(rows, last)
     assert torch.equal(found.features, expected.features) and torch.equal(found.activations, expected.activations)
     assert torch.equal(found.reconstruction, expected.reconstruction)
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from actstore.blocks import ATTENTION_VALUES, FLAG_SPECIAL, TokenShard
 
 from .batches import Batch
+from .transfers import Coming, fetch, send
 
 if TYPE_CHECKING:
     import torch
@@ -40,21 +40,23 @@ def with_all_keys(pattern: torch.Tensor, context: int) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """One layer's arrays over a whole shard, filler included, on the host.
+    """One layer's numbers over a whole shard, filler included, on the device.
 
     weights float32 (row, head, k), heaviest first; offsets int32 alike; values float32 (row, head, ATTENTION_VALUES).
     """
 
-    weights: npt.NDArray[np.float32]
-    offsets: npt.NDArray[np.int32]
-    values: npt.NDArray[np.float32]
+    weights: torch.Tensor
+    offsets: torch.Tensor
+    values: torch.Tensor
 
     @classmethod
-    def empty(cls, n_rows: int, n_heads: int, k: int) -> _Kept:
+    def empty(cls, n_rows: int, n_heads: int, k: int, device: torch.device) -> _Kept:
+        import torch
+
         return cls(
-            np.full((n_rows, n_heads, k), np.nan, np.float32),
-            np.full((n_rows, n_heads, k), -1, np.int32),
-            np.full((n_rows, n_heads, len(ATTENTION_VALUES)), np.nan, np.float32),
+            torch.full((n_rows, n_heads, k), torch.nan, device=device),
+            torch.full((n_rows, n_heads, k), -1, dtype=torch.int32, device=device),
+            torch.full((n_rows, n_heads, len(ATTENTION_VALUES)), torch.nan, device=device),
         )
 
 
@@ -64,29 +66,28 @@ class AttentionKeeper:
 
     shard: TokenShard
     k: int
+    device: torch.device
     _layers: dict[int, _Kept] = field(default_factory=dict)
 
-    def of_batch(self, batch: Batch, device: torch.device) -> AttentionBatch:
+    def of_batch(self, batch: Batch) -> AttentionBatch:
         """Return what keeps the patterns of one batch."""
-        import torch
-
         flags = np.zeros(batch.token_ids.shape, dtype=np.int32)
         flags[batch.attention_mask.astype(bool)] = self.shard.column("flags")[batch.rows]
-        special = torch.from_numpy((flags & FLAG_SPECIAL) != 0).to(device)
-        token_ids = torch.from_numpy(batch.token_ids).to(device)
-        places = torch.from_numpy(np.argwhere(batch.attention_mask)).to(device)
-        return AttentionBatch(self, batch.rows, places, _after_the_same(token_ids, special))
+        special = send((flags & FLAG_SPECIAL) != 0, self.device)
+        rows, token_ids = send(batch.rows, self.device), send(batch.token_ids, self.device)
+        places = send(np.argwhere(batch.attention_mask), self.device)
+        return AttentionBatch(self, rows, places, _after_the_same(token_ids, special))
 
     def layer(self, layer: int, n_heads: int) -> _Kept:
-        """Return the arrays of a layer, made where it is met first."""
+        """Return what is kept of a layer, made where it is met first."""
         if layer not in self._layers:
-            self._layers[layer] = _Kept.empty(len(self.shard.values), n_heads, self.k)
+            self._layers[layer] = _Kept.empty(len(self.shard.values), n_heads, self.k, self.device)
         return self._layers[layer]
 
-    def matrices(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the arrays of every layer by their paths."""
+    def coming(self) -> dict[str, Coming]:
+        """Return the arrays of every layer, on their way to the host, by their paths."""
         return {
-            f"attention/{layer}/{name}": getattr(kept, name)
+            f"attention/{layer}/{name}": fetch(getattr(kept, name))
             for layer, kept in self._layers.items()
             for name in ("weights", "offsets", "values")
         }
@@ -101,7 +102,7 @@ class AttentionBatch:
     """
 
     keeper: AttentionKeeper
-    rows: npt.NDArray[np.int64]
+    rows: torch.Tensor
     places: torch.Tensor
     after_the_same: torch.Tensor
 
@@ -115,9 +116,9 @@ class AttentionBatch:
             heaviest, keys = _heaviest(computed, self.keeper.k)
             weights = computed.float()
             values = _values(weights, heaviest, position, self.after_the_same[sequence, position])
-            kept.weights[rows] = heaviest.cpu().numpy()
-            kept.offsets[rows] = _offsets(position, keys).cpu().numpy()
-            kept.values[rows] = values.cpu().numpy()
+            kept.weights.index_copy_(0, rows, heaviest)
+            kept.offsets.index_copy_(0, rows, _offsets(position, keys))
+            kept.values.index_copy_(0, rows, values)
 
     def _blocks(self, pattern: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         n_weights = WEIGHTS_PER_CUDA_BLOCK if pattern.is_cuda else WEIGHTS_PER_BLOCK

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from actstore.blocks import TokenShard
 from actstore.models import Unembedding, logits
 
-from .fetching import Coming, fetch
 from .tiles import with_filler
+from .transfers import Coming, fetch, send
 
 if TYPE_CHECKING:
     import torch
@@ -50,11 +51,9 @@ class LensRows:
     ids: torch.Tensor
 
 
-def targets_of(token_id: torch.Tensor, seq: torch.Tensor) -> torch.Tensor:
+def targets_of(token_id: npt.NDArray[np.int64], seq: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return each row's next token in its sequence, −1 on the last one: int64 (row)."""
-    import torch
-
-    targets = torch.full_like(token_id, -1)
+    targets = np.full_like(token_id, -1)
     same = seq[1:] == seq[:-1]
     targets[:-1][same] = token_id[1:][same]
     return targets
@@ -64,11 +63,9 @@ def read_out_shard(
     unembedding: Unembedding, final: torch.Tensor, sites: Mapping[str, torch.Tensor], shard: TokenShard, k: int
 ) -> tuple[PredictionRows, dict[str, LensRows]]:
     """Return `read_out` of a shard's rows in use; final and sites: (row, d_model) over the whole shard."""
-    import torch
-
     n_rows = shard.n_rows
-    token_id, seq = (torch.from_numpy(shard.column(name)[:n_rows].astype(np.int64)) for name in ("token_id", "seq"))
-    targets = targets_of(token_id, seq).to(final.device)
+    token_id, seq = (shard.column(name)[:n_rows].astype(np.int64) for name in ("token_id", "seq"))
+    targets = send(targets_of(token_id, seq), final.device)
     return read_out(unembedding, final[:n_rows], {site: rows[:n_rows] for site, rows in sites.items()}, targets, k)
 
 

@@ -2,8 +2,7 @@
 
 A shard's residual streams stay on the device until all its batches have run; coders and lenses then read them in fixed
 tiles and blocks of rows. So what they make depends on neither the batches nor memory, and `encode` can repeat it later.
-The host waits for the device once for each SAE, and for each block of attention; the rest comes to it beside the next
-shard's work.
+The host waits for the device once for each site that SAEs read; all else comes to it beside the next shard's work.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from actstore.sites import Site, parse_site
 from .attention import AttentionKeeper, with_all_keys
 from .batches import Batch, plan_batches
 from .devices import is_out_of_memory, provenance, too_large
-from .fetching import Coming, fetch
 from .readout import coming_matrices, read_out_shard
 from .specs import stored_width
 from .stopwatch import Stopwatch
-from .tiles import finished_block, sites_of, start_encoding
+from .tiles import Encoding, finished_block, grouped, sites_of, start_encodings
+from .transfers import Coming, fetch, send
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["ShardRunner"]
 
-LESS_MEMORY = "use a shorter --context, fewer SAEs a pass, --dtype bfloat16, or a device with more memory"
+LESS_MEMORY = "use a shorter --context, fewer SAEs a pass, a smaller --attention-top, --dtype bfloat16, or a larger GPU"
 
 
 @dataclass
@@ -99,18 +98,19 @@ class ShardRunner:
 
     def _start(self, shard: TokenShard) -> Callable[[], ShardBlock]:
         self._buffers.clear()
-        self._attention = AttentionKeeper(shard, self.recipe.attention_top) if self.recipe.attention_top else None
+        self._attention = self._attention_keeper(shard)
         with self.watch.measuring("forward", self.device):
             splits = self.capture(shard, self.captured())
         coming = {path: one for name in self.recipe.sites for path, one in self._stored(parse_site(name)).items()}
         with self.watch.measuring("encode", self.device):
-            firings = {
-                one.identity.sae: start_encoding(one, self._buffers, shard, self.recipe) for one in self.encoders
-            }
+            firings: dict[str, Encoding] = {}
+            for sites, encoders in grouped(self.encoders).items():
+                rows = [self._buffers[site] for site in sites]
+                firings |= start_encodings(encoders, rows, shard, self.recipe)
         with self.watch.measuring("read-out", self.device):
             coming |= self._read_out(shard) if self.reads_out else {}
-        attention = {} if self._attention is None else self._attention.matrices()
-        return partial(finished_block, shard, coming, firings, self._provenance(splits), attention)
+        coming |= {} if self._attention is None else self._attention.coming()
+        return partial(finished_block, shard, coming, firings, self._provenance(splits))
 
     def capture(self, shard: TokenShard, sites: Iterable[Site]) -> list[dict[str, int]]:
         """Run all batches of a shard and keep these sites in the buffers; return how batches were split for memory."""
@@ -126,6 +126,10 @@ class ShardRunner:
     def rows(self, site: Site) -> torch.Tensor:
         """Return what the last `capture` kept of a site: (row, width) over the whole shard, on the device."""
         return self._buffers[site]
+
+    def _attention_keeper(self, shard: TokenShard) -> AttentionKeeper | None:
+        k = self.recipe.attention_top
+        return AttentionKeeper(shard, k, self.model.device) if k else None
 
     def _buffer(self, site: Site) -> torch.Tensor:
         import torch
@@ -157,13 +161,10 @@ class ShardRunner:
             self._run_batch(half, sites, number, splits)
 
     def _forward(self, batch: Batch, sites: tuple[Site, ...]) -> None:
-        import torch
-
         device = self.model.device
-        mask = torch.from_numpy(batch.attention_mask).to(device)
-        rows = torch.from_numpy(batch.rows).to(device)
-        real = torch.from_numpy(np.flatnonzero(batch.attention_mask)).to(device)  # asking the device would wait for it
-        attention = None if self._attention is None else self._attention.of_batch(batch, device)
+        mask, rows = send(batch.attention_mask, device), send(batch.rows, device)
+        real = send(np.flatnonzero(batch.attention_mask), device)  # asking the device would wait for it
+        attention = None if self._attention is None else self._attention.of_batch(batch)
 
         def deposit(site: Site, values: torch.Tensor) -> None:
             if site.kind == "pattern":
@@ -174,7 +175,7 @@ class ShardRunner:
                 values = with_all_keys(values, self.recipe.corpus.context)
             self._buffers[site].index_copy_(0, rows, values.reshape(-1, values.shape[-1]).index_select(0, real))
 
-        self.model.capture(torch.from_numpy(batch.token_ids).to(device), mask, sites, deposit)
+        self.model.capture(send(batch.token_ids, device), mask, sites, deposit)
 
     def _stored(self, site: Site) -> dict[str, Coming]:
         """Return a site's matrices by their paths: its rows in the storage dtype, and their scales where it has any."""

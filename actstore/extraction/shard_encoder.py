@@ -15,7 +15,7 @@ from actstore.sites import Site
 from .devices import is_out_of_memory, provenance, too_large
 from .stopwatch import Stopwatch
 from .stored import StoredSites
-from .tiles import Encoding, finished_block, sites_of, start_encoding
+from .tiles import Encoding, finished_block, grouped, start_encodings
 
 if TYPE_CHECKING:
     import torch
@@ -56,11 +56,10 @@ class ShardEncoder:
     def _start(self, shard: TokenShard) -> Callable[[], ShardBlock]:
         encodings: dict[str, Encoding] = {}
         rows: dict[Site, torch.Tensor] = {}
-        for encoder in sorted(self.encoders, key=lambda one: sites_of(one)[0].depth):
-            with self.watch.measuring("read", self.device):
-                wanted = sites_of(encoder)  # no others are kept: all together could be larger than the device
-                rows = {site: rows[site] if site in rows else self.stored.shard(site, shard.shard) for site in wanted}
+        for sites, encoders in grouped(self.encoders).items():
+            with self.watch.measuring("read", self.device):  # no others are kept: all could be larger than the device
+                rows = {site: rows[site] if site in rows else self.stored.shard(site, shard.shard) for site in sites}
             with self.watch.measuring("encode", self.device):
-                encodings[encoder.identity.sae] = start_encoding(encoder, rows, shard, self.recipe)
+                encodings |= start_encodings(encoders, [rows[site] for site in sites], shard, self.recipe)
         made = provenance(self.stored.device, compute_dtype=self.recipe.compute_dtype, tile_rows=self.recipe.tile_rows)
         return partial(finished_block, shard, {}, encodings, made)

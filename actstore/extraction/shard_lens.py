@@ -13,11 +13,11 @@ from actstore.recipe import Recipe
 from actstore.sites import Site, parse_site
 
 from .devices import is_out_of_memory, provenance, too_large
-from .fetching import Coming
 from .readout import coming_matrices, read_out_shard
 from .stopwatch import Stopwatch
 from .stored import StoredSites
 from .tiles import finished_block
+from .transfers import Coming
 
 if TYPE_CHECKING:
     import torch

@@ -17,6 +17,7 @@ from actstore.store import StoreReader
 from actstore.tensors import as_tensor
 
 from .directions import PROJECTED, WRITTEN_AS_THEY_ARE, Way
+from .transfers import send
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +82,7 @@ class StoredSites:
         """Return a whole shard of a site in its stored dtype: (row, width), NaN on filler, as extraction has it."""
         import torch
 
-        used = as_tensor(self.reader.matrix(f"sites/{site}", shard)).to(self.device)
+        used = send(self.reader.matrix(f"sites/{site}", shard), self.device)
         whole = torch.full((self.reader.shard_rows, used.shape[1]), torch.nan, dtype=used.dtype, device=self.device)
         whole[: len(used)] = used
         return whole

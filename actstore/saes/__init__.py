@@ -5,11 +5,12 @@ The home of npz and safetensors reading. Importing this package does not import 
 
 from .arguments import ResolvedSae, SaeArgument, expand_sae_arguments, parse_sae_argument
 from .coder import SparseCoder, check_width
-from .encoder import EncodedTile, SaeEncoder, round_mantissa
+from .encoder import SaeEncoder, round_mantissa
 from .loading import SaeSizes, load_sae, sae_sizes
 from .neurons import NEURONS, Encoder, NeuronEncoder, expand_neurons, without_neurons
 from .proof import ROWS_NEEDED, compete, sae_health
 from .screen import ENCODERS, ScreenEncoder
+from .tile import EncodedTile, TileRows
 from .together import LayerSums, coders_together, unproved
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "SaeSizes",
     "ScreenEncoder",
     "SparseCoder",
+    "TileRows",
     "check_width",
     "coders_together",
     "compete",

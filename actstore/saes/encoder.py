@@ -6,7 +6,6 @@ the same row gives the same bits only in tiles of one size: the caller pads ever
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,38 +17,14 @@ from actstore.recipe import SaeIdentity
 from .coder import SparseCoder
 from .compaction import Firings, compact
 from .rules import RowScale, keep_largest, scale_of
+from .tile import EncodedTile, TileRows, tile_of
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EncodedTile", "SaeEncoder", "round_mantissa", "tile_of"]
+__all__ = ["SaeEncoder", "round_mantissa"]
 
 MANTISSA_BITS = 23  # of float32
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedTile:
-    """What an SAE says about one tile of rows; tensors on the encoder's device.
-
-    counts int64 (row): listed firings of each row; features int32 (firing): row after row, increasing in each;
-    activations float32 (firing), all > 0; reconstruction float32 (row, 3): l0, ‖y‖, ‖y − x_hat‖ of the
-    row y that is reconstructed, which is the row itself or, of a transcoder, its target; the last is NaN where
-    layers below write y too.
-    A tile that was encoded into a number of slots has so many features and activations: the first `counts.sum()` are
-    its firings, unless n_found, int64 (), all that fired, listed or not, is more than the slots. Then nothing holds,
-    and it has to be encoded again, without.
-    A row that holds NaN or infinity has no firings, and NaN for its reconstruction; so both norms of such a target.
-    """
-
-    counts: torch.Tensor
-    features: torch.Tensor
-    activations: torch.Tensor
-    reconstruction: torch.Tensor
-    n_found: torch.Tensor
-
-    def first(self, n_firings: int) -> EncodedTile:
-        """Return the tile without what lies behind its firings."""
-        return replace(self, features=self.features[:n_firings], activations=self.activations[:n_firings])
 
 
 class SaeEncoder:
@@ -75,13 +50,13 @@ class SaeEncoder:
 
     def encode(
         self,
-        rows: torch.Tensor,
+        rows: torch.Tensor | TileRows,
         listed: torch.Tensor | None = None,
-        targets: torch.Tensor | None = None,
+        targets: torch.Tensor | TileRows | None = None,
         *,
         n_slots: int | None = None,
     ) -> EncodedTile:
-        """Encode one tile: rows (row, d_in) of any float dtype on the device.
+        """Encode one tile: rows (row, d_in) of any float dtype on the device, or made ready for several coders.
 
         listed bool (row): the rows whose firings are wanted, by default all. Special rows are not listed but have
         their reconstruction; filler may hold anything. targets (row, d_out): what a transcoder reconstructs, and only
@@ -91,18 +66,17 @@ class SaeEncoder:
         """
         import torch
 
-        self._check(rows, targets)
         with torch.no_grad():
-            finite = torch.isfinite(rows).all(dim=1)
-            exact = torch.where(finite[:, None], rows.float(), 0.0)  # NaN in one row must not reach the product
-            scale = scale_of(exact, self.coder.normalisation)
-            is_narrow = scale is None and rows.dtype == torch.bfloat16
-            found = self._firings(exact if scale is None else scale.apply(exact), is_narrow, n_slots)
-            target = exact if targets is None else targets.float()
-            reconstruction = self._reconstruction(exact, target, found, scale)
-            reconstruction.masked_fill_(~finite[:, None], torch.nan)
-            reconstruction[:, 1:].masked_fill_(~torch.isfinite(target).all(dim=1, keepdim=True), torch.nan)
-            return tile_of(found, finite if listed is None else finite & listed, reconstruction)
+            read = TileRows.of(rows)
+            target = read if targets is None else TileRows.of(targets)
+            self._check(read, None if targets is None else target)
+            scale = scale_of(read.exact, self.coder.normalisation)
+            is_narrow = scale is None and read.is_narrow
+            found = self._firings(read.exact if scale is None else scale.apply(read.exact), is_narrow, n_slots)
+            reconstruction = self._reconstruction(read.exact, target.exact, found, scale)
+            reconstruction.masked_fill_(~read.finite[:, None], torch.nan)
+            reconstruction[:, 1:].masked_fill_(~target.finite[:, None], torch.nan)
+            return tile_of(found, read.finite if listed is None else read.finite & listed, reconstruction)
 
     def features(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the dense features (row, d_sae) of rows (row, d_in), both float32, without NaN or infinity."""
@@ -158,30 +132,24 @@ class SaeEncoder:
         decoded = decoded if scale is None else scale.undo(decoded)
         return torch.stack([l0, targets.norm(dim=1), (targets - decoded).norm(dim=1)], dim=1)
 
-    def _check(self, rows: torch.Tensor, targets: torch.Tensor | None) -> None:
-        coder = self.coder
-        if rows.ndim != 2 or rows.shape[1] != coder.d_in:
+    def _check(self, rows: TileRows, targets: TileRows | None) -> None:
+        coder, shape = self.coder, tuple(rows.exact.shape)
+        if len(shape) != 2 or shape[1] != coder.d_in:
             raise InvalidInput(
                 explain(
-                    f"The SAE {coder.identity.sae} cannot encode rows of shape {tuple(rows.shape)}",
+                    f"The SAE {coder.identity.sae} cannot encode rows of shape {shape}",
                     accepted=f"(row, {coder.d_in})",
                 )
             )
-        expected = (len(rows), coder.d_out) if coder.transcodes else None
-        if (None if targets is None else tuple(targets.shape)) != expected:
+        expected = (shape[0], coder.d_out) if coder.transcodes else None
+        given = None if targets is None else tuple(targets.exact.shape)
+        if given != expected:
             raise InvalidInput(
                 explain(
-                    f"The SAE {coder.identity.sae} was given {None if targets is None else tuple(targets.shape)} as "
-                    "the rows that it reconstructs",
+                    f"The SAE {coder.identity.sae} was given {given} as the rows that it reconstructs",
                     accepted=f"{expected} of {coder.identity.write_site}" if expected else "none but what it reads",
                 )
             )
-
-
-def tile_of(found: Firings, wanted: torch.Tensor, reconstruction: torch.Tensor) -> EncodedTile:
-    """Return the tile of what fires on its rows, of which bool (row) `wanted` are listed."""
-    kept = found.of(wanted)
-    return EncodedTile(kept.counts, kept.features.int(), kept.activations, reconstruction, found.counts.sum())
 
 
 def round_mantissa(activations: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:

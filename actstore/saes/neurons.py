@@ -18,8 +18,9 @@ from actstore.sites import Missing, Site, expand_sites, not_on_model
 
 from .arguments import SaeArgument, parse_sae_argument
 from .compaction import compact
-from .encoder import EncodedTile, SaeEncoder, tile_of
+from .encoder import SaeEncoder
 from .rules import keep_largest
+from .tile import EncodedTile, TileRows, tile_of
 
 if TYPE_CHECKING:
     import torch
@@ -116,9 +117,9 @@ class NeuronEncoder:
 
     def encode(
         self,
-        rows: torch.Tensor,
+        rows: torch.Tensor | TileRows,
         listed: torch.Tensor | None = None,
-        targets: torch.Tensor | None = None,
+        targets: torch.Tensor | TileRows | None = None,
         *,
         n_slots: int | None = None,
     ) -> EncodedTile:
@@ -129,11 +130,11 @@ class NeuronEncoder:
         """
         import torch
 
-        self._check(rows)
         assert targets is None, "neurons reconstruct what they read"
         with torch.no_grad():
-            finite = torch.isfinite(rows).all(dim=1)
-            exact = torch.where(finite[:, None], rows.float(), 0.0)
+            read = TileRows.of(rows)
+            self._check(read)
+            exact, finite = read.exact, read.finite
             l0 = (exact > 0).sum(dim=1, dtype=torch.int32).float()
             kept = exact.clamp(min=0)
             if self.identity.truncated_to is not None:
@@ -143,11 +144,12 @@ class NeuronEncoder:
             wanted = finite if listed is None else finite & listed
             return tile_of(compact(kept, kept > 0, n_slots), wanted, reconstruction)
 
-    def _check(self, rows: torch.Tensor) -> None:
-        if rows.ndim != 2 or rows.shape[1] != self.identity.width:
+    def _check(self, rows: TileRows) -> None:
+        shape = tuple(rows.exact.shape)
+        if len(shape) != 2 or shape[1] != self.identity.width:
             raise InvalidInput(
                 explain(
-                    f"The neurons {self.identity.sae} cannot be read from rows of shape {tuple(rows.shape)}",
+                    f"The neurons {self.identity.sae} cannot be read from rows of shape {shape}",
                     accepted=f"(row, {self.identity.width})",
                 )
             )

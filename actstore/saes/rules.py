@@ -51,11 +51,11 @@ def scale_of(rows: torch.Tensor, normalisation: Normalisation) -> RowScale | Non
 
 def keep_largest(features: torch.Tensor, k: int) -> torch.Tensor:
     """Keep the k largest positive features of each row, in place: (row, d_sae). Of equal ones the lower index wins."""
-    lowest = features.topk(k, dim=1).values[:, -1:]
-    above, tied = features > lowest, features == lowest
-    room = k - above.sum(dim=1, keepdim=True)
-    crowded = ((lowest > 0) & (tied.sum(dim=1, keepdim=True) > room))[:, 0].nonzero()[:, 0]
-    if len(crowded):  # rare: only these rows pay for counting
-        few = tied[crowded]
-        tied[crowded] = few & (few.cumsum(dim=1) <= room[crowded])
-    return features.masked_fill_(~above.logical_or_(tied), 0.0)
+    import torch
+
+    largest = features.topk(k, dim=1).values
+    lowest = largest[:, -1:]
+    room = k - (largest > lowest).sum(dim=1, keepdim=True)
+    tied = features == lowest
+    kept = tied.cumsum(dim=1, dtype=torch.int32).le(room).logical_and_(tied).logical_or_(features > lowest)
+    return features.masked_fill_(kept.logical_not_(), 0.0)
