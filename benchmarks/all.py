@@ -21,7 +21,7 @@ SCRIPTS = (
     ("overlap.py",),
     ("memory.py",),
     ("storage.py",),
-    ("index.py",),
+    ("index.py", "--saes", "1", "4"),
     ("query.py",),
     ("gather.py",),
     ("lens.py", "--vocabulary", "8192", "--rounds", "9"),

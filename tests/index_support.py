@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from actstore.blocks import RowFirings
+from actstore.index import TABLES, Catalog, open_index, read_catalog
 
 SHARD_ROWS = 64
 VOCABULARY = ["<bos>", "the", " cat", "'quoted\"", "ünï\0", "\n", ""] + [f"t{i}" for i in range(33)]
@@ -19,6 +21,7 @@ HALF, WIDE = "half-sae", "wide.sae__l0-9"
 N_FEATURES = {HALF: 40, WIDE: 300}
 LENS = ("logit", "resid_post.1")
 N_RANKS = 3
+ORDERED = {table: f"FROM {table} ORDER BY ALL" for table in TABLES}
 
 
 @dataclass(frozen=True)
@@ -206,3 +209,9 @@ class FakeSource:
 def hashes(directory: Any) -> dict[str, str]:
     """Return the SHA-256 of every file in a directory."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir() if path.is_file()}
+
+
+def content(directory: Path, catalog: Catalog | None = None) -> dict[str, Any]:
+    """Return every row of every table, as text so that NaN equals NaN."""
+    with open_index(catalog or read_catalog(directory), lambda name: directory / name, threads=1) as connection:
+        return {table: str(connection.sql(query).table.to_pydict()) for table, query in ORDERED.items()}

@@ -7,17 +7,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import numpy as np
 import pytest
-from index_support import HALF, LENS, WIDE, FakeSource, hashes
+from index_support import HALF, LENS, ORDERED, WIDE, FakeSource, content, hashes
 
 from actstore.errors import CorruptStore, NoSpace, StoreBusy
 from actstore.index import (
     MAX_PARTS,
-    TABLES,
     Catalog,
     build_index,
     compact,
@@ -34,15 +32,8 @@ from actstore.index import catalog as catalog_module
 from actstore.index.parts import Workshop
 from actstore.sealed import write_durably
 
-ORDERED = {table: f"FROM {table} ORDER BY ALL" for table in TABLES}
 ROUNDED_FEATURES = """SELECT * REPLACE (round(mean_activation, 9) AS mean_activation, round(std_activation, 9) AS
     std_activation) FROM features ORDER BY ALL"""
-
-
-def content(directory: Path, catalog: Catalog | None = None) -> dict[str, Any]:
-    """Return every row of every table, as text so that NaN equals NaN."""
-    with open_index(catalog or read_catalog(directory), lambda name: directory / name, threads=1) as connection:
-        return {table: str(connection.sql(query).table.to_pydict()) for table, query in ORDERED.items()}
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 A shard's residual streams stay on the device until all its batches have run; coders and lenses then read them in fixed
 tiles and blocks of rows. So what they make depends on neither the batches nor memory, and `encode` can repeat it later.
-The host waits for the device once for each site that SAEs read; all else comes to it beside the next shard's work.
+The host waits for the device once for each site that SAEs read, and for each tile that a screen decides again; all else
+comes to it beside the next shard's work.
 """
 
 from __future__ import annotations

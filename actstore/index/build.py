@@ -1,4 +1,4 @@
-"""Building the index: what the catalog lacks is made as new parts, then the catalog changes at once.
+"""Building the index: what the catalog lacks is made as new parts, several at once, then the catalog changes at once.
 
 What is already covered is left as it is, so indexing while extraction runs costs what is new. A part whose shards
 have other receipts now (an artifact was dropped and made again) is left out and its shards are made again.
@@ -6,11 +6,14 @@ have other receipts now (an artifact was dropped and made again) is left out and
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
+from threading import Lock as ThreadLock
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,7 @@ __all__ = ["Progress", "build_index"]
 Progress = Callable[[str, int, int], None]  # what is being indexed, shards of it done, shards of it in all
 
 MAX_PART_ROWS = 64_000_000
+BYTES_PER_JOB = 1 << 30  # of the memory for building: with less, the firings of an SAE would come in many parts
 
 
 def build_index(
@@ -45,17 +49,20 @@ def build_index(
 ) -> Catalog:
     """Index every shard that is done, as new parts beside the present ones, and return the current catalog.
 
-    The caller keeps other builds and `gc_index` away meanwhile (`index.lock`): parts that no catalog names yet look
-    like orphans. `lock` is entered only while the catalog changes. `compact` also joins parts where a kind has more
-    than `MAX_PARTS` of one subject. Where nothing is new the catalog stays as it is; parts of an older format are
-    all made again.
+    As many parts are made at once as there are cores, and GB in `memory_bytes`; `progress` is called by one thread at
+    a time. The caller keeps other builds and `gc_index` away meanwhile (`index.lock`): parts that no catalog names yet
+    look like orphans. `lock` is entered only while the catalog changes. `compact` also joins parts where a kind has
+    more than `MAX_PARTS` of one subject. Where nothing is new the catalog stays as it is; parts of an older format
+    are all made again.
     Raises StoreBusy where another process changed the index meanwhile, NoSpace, CorruptStore.
     """
     directory.mkdir(parents=True, exist_ok=True)
     before = read_catalog(directory, remake=True)
-    workshop = Workshop(directory, Names(directory, before), memory_bytes)
+    n_threads = max(1, min(os.cpu_count() or 1, memory_bytes // BYTES_PER_JOB))
+    n_saes = len(source.tables().get("saes", []))
+    workshop = Workshop(directory, Names(directory, before), memory_bytes // max(1, min(n_threads, n_saes)))
     try:
-        parts = list(_Build(source, before, workshop, progress or _quiet).parts(compact))
+        parts = _Build(source, before, workshop, progress or _quiet).parts(compact, n_threads)
         if list(before.parts) == parts:
             return before
         return publish(directory, before, parts, workshop.names, lock)
@@ -65,38 +72,60 @@ def build_index(
 
 
 class _Build:
-    """One run: `parts` yields the parts of the next catalog, old ones where they still hold."""
+    """One run: `parts` makes the parts of the next catalog, and keeps old ones where they still hold."""
 
     def __init__(self, source: Source, before: Catalog, workshop: Workshop, progress: Progress) -> None:
         self.source = source
         self.before = before
         self.workshop = workshop
-        self.progress = progress
         self.small = source.tables()
-        # One snapshot of what is done: asked once, and the same for all that is made from an artifact.
-        self.done = functools.cache(source.done)
+        self._progress = progress
+        self._snapshot: dict[str, Mapping[int, str]] = {}
+        self._one_at_a_time = ThreadLock()
 
-    def parts(self, compact: bool) -> Iterator[Part]:
-        yield self._core()
-        yield self._vocabulary()
-        for segment in self.source.segments():
-            yield self._documents(segment)
-        for job in row_jobs(self.source):
-            yield from self._compacted(list(self._rows(job)), compact)
+    def parts(self, compact: bool, n_threads: int) -> list[Part]:
+        """Return the parts in a fixed order, made by so many threads; an error ends them all."""
+        with ThreadPoolExecutor(n_threads) as pool:
+            try:
+                made = [pool.submit(_parts_of, job) for job in self._jobs(compact)]
+                wait(made, return_when=FIRST_EXCEPTION)
+                failed = [one for one in made if one.done() and one.exception()]
+                return [part for one in failed or made for part in one.result()]
+            except BaseException:
+                self.workshop.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _jobs(self, compact: bool) -> Iterator[Callable[[], Iterable[Part]]]:
+        yield self._core
+        yield self._vocabulary
+        yield from (partial(self._documents, segment) for segment in self.source.segments())
+        yield from (partial(self._rows, job, compact) for job in row_jobs(self.source))
         for coder in self.small.get("saes", []):
-            yield from self._sae(str(coder["sae"]), int(coder["width"]), compact)
+            yield partial(self._sae, str(coder["sae"]), int(coder["width"]), compact)
 
-    def _core(self) -> Part:
+    def progress(self, what: str, n_done: int, n_all: int) -> None:
+        with self._one_at_a_time:
+            self._progress(what, n_done, n_all)
+
+    def done(self, artifact: str) -> Mapping[int, str]:
+        """Return one snapshot of what is done: asked once, and the same for all that is made from an artifact."""
+        with self._one_at_a_time:
+            if artifact not in self._snapshot:
+                self._snapshot[artifact] = self.source.done(artifact)
+            return self._snapshot[artifact]
+
+    def _core(self) -> Iterator[Part]:
         rows = {table: _spelled(table, self.small.get(table, [])) for table in SMALL_TABLES}
-        return self._by_content("core", "", digest_of(rows), lambda writer: _append_small(writer, rows))
+        yield self._by_content("core", "", digest_of(rows), lambda writer: _append_small(writer, rows))
 
-    def _vocabulary(self) -> Part:
+    def _vocabulary(self) -> Iterator[Part]:
         texts = self.source.vocabulary().cast(pa.string())
         table = pa.table({"token_id": np.arange(len(texts), dtype=np.int32), "token": texts})
         content = sha256_hex("\0".join(texts.to_pylist()).encode())
-        return self._by_content("vocabulary", "", content, lambda writer: writer.append("vocabulary", table))
+        yield self._by_content("vocabulary", "", content, lambda writer: writer.append("vocabulary", table))
 
-    def _documents(self, segment: Segment) -> Part:
+    def _documents(self, segment: Segment) -> Iterator[Part]:
         content = digest_of([segment.first_doc, segment.n_docs, segment.first_seq, segment.n_seqs, segment.first_shard])
 
         def append(writer: PartWriter) -> None:
@@ -104,7 +133,7 @@ class _Build:
                 writer.append("documents", pa.Table.from_batches([batch]).select(list(TABLES["documents"])))
             writer.append("sequences", self._sequences(segment))
 
-        return self._by_content("documents", str(segment.segment), content, append)
+        yield self._by_content("documents", str(segment.segment), content, append)
 
     def _sequences(self, segment: Segment) -> pa.Table:
         doc, row, n_tokens = self.source.sequences(segment.segment).T
@@ -126,13 +155,13 @@ class _Build:
         covered = frozenset[int]().union(*(part.shards for part in kept))
         return kept, sorted(done.keys() - covered)
 
-    def _rows(self, job: RowJob) -> Iterator[Part]:
+    def _rows(self, job: RowJob, compact: bool) -> list[Part]:
         done = self.done(job.artifact)
-        kept, missing = self._present(job.kind, job.subject, done)
-        yield from kept
+        parts, missing = self._present(job.kind, job.subject, done)
         n_shards = max(MAX_PART_ROWS // self.source.shard_rows, 1)
         for start in range(0, len(missing), n_shards):
-            yield self._row_part(job, missing[start : start + n_shards], done)
+            parts.append(self._row_part(job, missing[start : start + n_shards], done))
+        return self._compacted(parts, compact)
 
     def _row_part(self, job: RowJob, shards: Sequence[int], done: Mapping[int, str]) -> Part:
         with self.workshop.writing(job.kind, f"{job.stem}.{shards[0]}-{shards[-1] + 1}") as writer:
@@ -169,6 +198,10 @@ class _Build:
 
     def _compacted(self, parts: list[Part], compact: bool) -> list[Part]:
         return compact_parts(self.workshop, parts) if compact and len(parts) > MAX_PARTS else parts
+
+
+def _parts_of(job: Callable[[], Iterable[Part]]) -> list[Part]:
+    return list(job())
 
 
 def _append_small(writer: PartWriter, rows: Mapping[str, list[dict[str, Any]]]) -> None:

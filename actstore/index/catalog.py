@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import chain, pairwise, starmap
 from pathlib import Path
+from threading import Lock as ThreadLock
 from typing import Any, Self
 
 from actstore.errors import CorruptStore, StoreBusy, UnsupportedFormat, explain
@@ -225,12 +226,14 @@ class Names:
     def __init__(self, directory: Path, catalog: Catalog) -> None:
         self.directory = directory
         taken = [int(found[1]) for path in directory.iterdir() if (found := _NUMBERED.search(path.name))]
+        self._one_at_a_time = ThreadLock()
         self.next_number = max([catalog.next_number, *(number + 1 for number in taken)])
 
     def take(self, spell: Callable[[int], str]) -> tuple[int, Path]:
         """Return the next free number and its path; the name is taken by an empty file, made exclusively."""
         while True:
-            number, self.next_number = self.next_number, self.next_number + 1
+            with self._one_at_a_time:
+                number, self.next_number = self.next_number, self.next_number + 1
             path = self.directory / spell(number)
             try:
                 path.touch(exist_ok=False)

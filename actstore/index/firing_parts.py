@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -121,7 +120,12 @@ def write_firings(
     With a part that holds all of these shards comes what `features` says of them, with other parts nothing.
     """
     max_firings = min(MAX_FIRINGS, workshop.memory_bytes // BYTES_PER_FIRING)
-    shards = ahead(partial(read_shard, source, sae, n_features), list(done), READERS)
+
+    def read(shard: int) -> ShardFirings:
+        workshop.go_on()
+        return read_shard(source, sae, n_features, shard)
+
+    shards = ahead(read, list(done), READERS)
     for held in firing_ranges(shards, max_firings, workshop.memory_bytes // 3):
         cover = Cover.of(done, [one.shard for one in held])
         made = _write_range(workshop, sae, _Range(held, n_features), cover, len(held) == len(done))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from types import MappingProxyType
 
 import duckdb
@@ -36,14 +38,16 @@ class PartWriter:
     What comes in small pieces is held until it is worth an INSERT, or until `flush`.
     """
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, name: str) -> None:
+    def __init__(self, connection: duckdb.DuckDBPyConnection, name: str, go_on: Callable[[], None]) -> None:
         self.connection = connection
         self.name = name
+        self._go_on = go_on
         self.rows: dict[str, int] = {}
         self._held: dict[str, list[pa.Table]] = {}
 
     def append(self, table: str, rows: pa.Table) -> None:
         """Append rows in their order; the columns are those of the table, in its order."""
+        self._go_on()
         self.rows[table] = self.rows.get(table, 0) + rows.num_rows
         held = self._held.setdefault(table, [])
         held.append(rows)
@@ -68,13 +72,23 @@ class PartWriter:
 
 
 class Workshop:
-    """Where parts are made: the directory, the names, the memory; and what was made in this build."""
+    """Where parts are made, by several threads: the directory, the names, the memory of each; and what was made."""
 
     def __init__(self, directory: Path, names: Names, memory_bytes: int) -> None:
         self.directory = directory
         self.names = names
         self.memory_bytes = memory_bytes
         self.made: list[Part] = []
+        self._is_stopped = Event()
+
+    def stop(self) -> None:
+        """Let every thread end with its next piece: nothing that is being made will be wanted."""
+        self._is_stopped.set()
+
+    def go_on(self) -> None:
+        """Raise CancelledError where the build was stopped."""
+        if self._is_stopped.is_set():
+            raise CancelledError
 
     @contextmanager
     def writing(self, kind: str, stem: str, **types: str) -> Iterator[PartWriter]:
@@ -89,7 +103,7 @@ class Workshop:
                 for table, columns in PART_TABLES[kind].items():
                     chosen = {column: types.get(column, stored) for column, stored in columns.items()}
                     connection.execute(create_table(f"part.{table}", chosen))
-                writer = PartWriter(connection, path.name)
+                writer = PartWriter(connection, path.name, self.go_on)
                 yield writer
                 writer.flush()
                 connection.execute("COMMIT")
