@@ -1,8 +1,9 @@
-"""Coders for the tiny world that stored sites are encoded with, and encoding in processes of its own."""
+"""Stored sites of the tiny world, coders that they are encoded with, and encoding in processes of its own."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from functools import cache
@@ -13,16 +14,54 @@ from typing import Any
 import numpy as np
 from process_support import _watch_operations, processes
 from saes_support import SPARSIFY, write_safetensors
-from tiny_world import HIDDEN, tiny_world
+from store_support import home
+from tiny_world import HIDDEN, extract, tiny_world
 from transcoder_support import transcoder_arrays, unnamed
 
 import actstore
+from actstore.store import StoreReader
 
-__all__ = ["CODERS", "SITES", "coders", "encode", "start_encoding"]
+__all__ = [
+    "CODERS",
+    "NO_LENS",
+    "SITES",
+    "TOP",
+    "Health",
+    "coders",
+    "copy_of_sites",
+    "encode",
+    "health",
+    "start_encoding",
+    "store_of_sites",
+    "stored",
+]
 
 SITES = ["resid_post.1", "z.0", "ln2.1", "mlp_out.1", "mlp_act.1"]
 CODERS = ("tiny-res", "tiny-att", "top", "tc", "1-neurons-mlp_act")
 TOP = 5
+NO_LENS: dict[str, Any] = {"lens_k": 0, "lens_sites": []}
+Health = dict[tuple[str, str], dict[str, Any]]
+
+
+def stored(out: Path, **changes: Any) -> Path:
+    """Extract sites and nothing else."""
+    extract(out, **({"sites": SITES, "saes": []} | NO_LENS | changes))
+    return out
+
+
+@cache
+def store_of_sites() -> Path:
+    """Return a store of sites alone that nobody may change; it goes when the process ends."""
+    return stored(home() / "sites.act")
+
+
+def copy_of_sites(folder: Path) -> Path:
+    """Return a copy of the store of sites alone, to be changed."""
+    return Path(shutil.copytree(store_of_sites(), folder / "copy.act"))
+
+
+def health(store: Path) -> Health:
+    return {(row["name"], row["subject"]): row for row in StoreReader(store).tables()["health"]}
 
 
 @cache

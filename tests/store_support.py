@@ -24,6 +24,7 @@ __all__ = [
     "extract_some",
     "finished",
     "hashes",
+    "home",
     "index_content",
     "reseal",
     "same_bits",
@@ -39,9 +40,14 @@ class Stopped(Exception):
 @cache
 def finished() -> Path:
     """Return a complete, indexed store that nobody may change; it goes when the process ends."""
-    store = Path(_home().name) / "finished.act"
+    store = home() / "finished.act"
     assert extract(store).complete
     return store
+
+
+def home() -> Path:
+    """Return a folder for what is made once a process; it goes when the process ends."""
+    return Path(_home().name)
 
 
 @cache
