@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pyarrow as pa
-from index_support import FakeSource
+from index_support import HALF, FakeSource
 
 from actstore.errors import UnknownName
 from actstore.index import Connection, SqlFunction, build_index, open_index, read_catalog
@@ -24,6 +24,7 @@ def _broken(rows: pa.Array) -> pa.Array:
     raise KeyError("a fault of the function itself")
 
 
+LABELS = [(HALF, 3, "a label")]
 FUNCTIONS = [
     SqlFunction("snippet", _snippet, ("BIGINT", "INTEGER", "INTEGER"), "VARCHAR"),
     SqlFunction("refuse", _refuse, ("BIGINT",), "VARCHAR"),
@@ -46,4 +47,6 @@ def built_index(directory: Path) -> tuple[FakeSource, Path]:
 
 def connected(directory: Path) -> AbstractContextManager[Connection]:
     """Open an index with the functions."""
-    return open_index(read_catalog(directory), lambda name: directory / name, functions=FUNCTIONS, threads=2)
+    return open_index(
+        read_catalog(directory), lambda name: directory / name, functions=FUNCTIONS, labels=LABELS, threads=2
+    )

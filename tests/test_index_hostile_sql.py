@@ -201,7 +201,9 @@ OPENINGS = [
 def _state(connection: Connection) -> list[object]:
     cursor = connection._root.cursor()
     asked = ("sql FROM duckdb_views()", "sql FROM duckdb_tables()", "database_name FROM duckdb_databases()")
-    return [cursor.execute(f"SELECT {what} WHERE NOT internal ORDER BY ALL").fetchall() for what in asked]
+    labels = cursor.execute("FROM internal.labels ORDER BY ALL").fetchall()
+    assert labels, "what could be deleted is there"
+    return [labels, *(cursor.execute(f"SELECT {what} WHERE NOT internal ORDER BY ALL").fetchall() for what in asked)]
 
 
 def _harmless(connection: Connection, directory: Path, text: str) -> None:

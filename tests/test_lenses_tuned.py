@@ -182,15 +182,15 @@ def test_a_folder_without_a_lens_is_refused(tmp_path: Path, missing: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "said"),
     [
-        {"lens": "tuned"},
-        {"lens": "logit", "folder": "x"},
-        {"lens": "attention"},
-        {"lens": "tuned", "folder": "nowhere"},
+        ({"lens": "tuned"}, "folder of a tuned lens"),
+        ({"lens": "logit", "folder": "x"}, "Accepted: tuned"),
+        ({"lens": "attention"}, "no lens 'attention'"),
+        ({"lens": "tuned", "folder": "nowhere"}, "no tuned lens in nowhere"),
     ],
     ids=["no folder", "a folder for logit", "no such lens", "no such folder"],
 )
-def test_lenses_that_cannot_be_are_refused(opened: Store, arguments: dict[str, Any]) -> None:
-    with pytest.raises(ActstoreError):
+def test_lenses_that_cannot_be_are_refused(opened: Store, arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ActstoreError, match=said):
         opened.lens(doc=DOC, **arguments)

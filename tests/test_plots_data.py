@@ -146,6 +146,7 @@ def test_the_maps_of_heads_are_the_answers(attending: Store) -> None:
         expected[2 - row["layer"], row["head"]] = row["mean_weight"]
     np.testing.assert_allclose(matrix_of(axes), expected)
     numbers = {text.get_position(): float(text.get_text()) for text in axes.texts}
+    assert numbers.keys() == {(x, y) for x in range(6) for y in range(3)}
     assert all(numbers[x, y] == pytest.approx(expected[int(y), int(x)], abs=0.0051) for x, y in numbers)
 
 
