@@ -19,6 +19,7 @@ from measures import COLLECTED, read_measures, table
 HERE = Path(__file__).resolve().parent
 SCRIPTS = (
     ("overlap.py",),
+    ("one_core.py",),
     ("memory.py",),
     ("storage.py",),
     ("index.py", "--saes", "1", "4"),
