@@ -45,7 +45,7 @@ def seconds_of(committer: type[Committer], home: Path, causal_lm: Gemma2ForCausa
 
 def digests_of_shards(store: Path) -> dict[str, str]:
     """Return the SHA-256 of every shard of the stored sites, by its path."""
-    paths = [path for path in (store / "arrays" / "sites").glob("*/c.*")]
+    paths = (store / "arrays" / "sites").glob("*/c.*")
     return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 

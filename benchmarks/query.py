@@ -5,13 +5,15 @@ python benchmarks/query.py [--firings 12e6] [--large] [--times 60] [--keep DIREC
 Every size is a store of its own, in a temporary directory: one SAE of 16,384 features at about 80 firings on a row;
 then 26 such SAEs whose index has four parts each. `--large` asks stores of 100 and 1,000 million firings instead, for
 which 8 GB of disk are used meanwhile. `same` asks one question again and again, `other` another feature, row or
-document each time, of a store that has answered some already. `new process` is a Python that imports actstore, opens
-the store and asks once; its files are in the system's cache. benchmarks/lens.py tells what a logit lens takes.
+document each time, of a store that has answered some already; `cold` the first question of a store that has just been
+opened, with its files out of the system's cache. `new process` is a Python that imports actstore, opens the store and
+asks once; its files are in the cache. benchmarks/lens.py tells what a logit lens takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,6 +42,7 @@ CONTRACT = (
 COLD = "import actstore; actstore.open({path!r}).query('max_activating', {{'sae': {sae!r}, 'feature': {feature}}})"
 
 Ask = Callable[[Any], Any]
+Spread = tuple[float, float]  # p50 and p95
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,34 @@ def prove_rows(store: actstore.api.Store, shape: Shape, number: int) -> None:
     assert doc.num_rows == np.count_nonzero(n_rows)
 
 
-def milliseconds(ask: Ask, subjects: npt.NDArray[np.int64], times: int) -> tuple[float, float]:
+def cold_milliseconds(path: Path, shape: Shape, n_questions: int) -> Iterator[Spread]:
+    """Yield p50 and p95 of every question, asked first of a store whose files the system has to read again."""
+    for number in range(n_questions):
+        taken = []
+        for place in range(COLD_TIMES):
+            forget(path)
+            with actstore.open(path) as store:
+                store.sql("SELECT 1")
+                one = questions(store, shape)[number]
+                taken.append(milliseconds(one.ask, one.subjects[place : place + 1], 1)[0])
+        yield percentiles(taken)
+
+
+def forget(path: Path) -> None:
+    """Drop a store's files from the system's cache."""
+    for file in path.rglob("*"):
+        if file.is_file():
+            opened = os.open(file, os.O_RDONLY)
+            os.fdatasync(opened)  # what is not written yet would stay
+            os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(opened)
+
+
+def percentiles(taken: list[float]) -> Spread:
+    return float(np.percentile(taken, 50)), float(np.percentile(taken, 95))
+
+
+def milliseconds(ask: Ask, subjects: npt.NDArray[np.int64], times: int) -> Spread:
     """Return p50 and p95 of asking about one subject after the other, after some that are not counted."""
     asked = np.resize(subjects, times + times // 4).tolist()
     taken = []
@@ -136,8 +166,7 @@ def milliseconds(ask: Ask, subjects: npt.NDArray[np.int64], times: int) -> tuple
         started = time.perf_counter()
         ask(subject)
         taken.append(1000 * (time.perf_counter() - started))
-    counted = taken[times // 4 :]
-    return float(np.percentile(counted, 50)), float(np.percentile(counted, 95))
+    return percentiles(taken[times // 4 :])
 
 
 def report(path: Path, shape: Shape, times: int) -> Iterator[Measure]:
@@ -145,16 +174,18 @@ def report(path: Path, shape: Shape, times: int) -> Iterator[Measure]:
     with actstore.open(path) as store:
         prove(store, shape)
         name = f"{shape.firings * shape.saes / 1e6:.0f} M firings" + (f", {shape.saes} SAEs" if shape.saes > 1 else "")
-        for one in questions(store, shape):
-            same = milliseconds(one.ask, one.subjects[:1], times)
-            other = milliseconds(one.ask, one.subjects, times) if len(one.subjects) > 1 else None
-            yield from line(name, one.name, one.floor, one.aim, same, other)
+        asked = questions(store, shape)
+        same = [milliseconds(one.ask, one.subjects[:1], times) for one in asked]
+        other = [milliseconds(one.ask, one.subjects, times) if len(one.subjects) > 1 else None for one in asked]
+    cold = cold_milliseconds(path, shape, len(asked))
+    for one, again, another, first in zip(asked, same, other, cold, strict=True):
+        yield from line(name, one.name, one.floor, one.aim, again, another, first)
     nothing = np.zeros(1, np.int64)
-    yield from line(name, "open, warm", None, None, milliseconds(lambda _: opened(path), nothing, 10), None)
+    yield from line(name, "open, warm", None, None, milliseconds(lambda _: opened(path), nothing, 10))
     program = COLD.format(path=str(path), sae=sae_name(0), feature=7)
-    asked = milliseconds(lambda _: subprocess.run([sys.executable, "-c", program], check=True), nothing, COLD_TIMES)
+    taken = milliseconds(lambda _: subprocess.run([sys.executable, "-c", program], check=True), nothing, COLD_TIMES)
     floor, aim = (600, 300) if shape.saes == 1 else (None, None)  # of many parts, each has a file to be opened
-    yield from line(name, "new process: open and top 20", floor, aim, asked, None)
+    yield from line(name, "new process: open and top 20", floor, aim, taken)
 
 
 def opened(path: Path) -> None:
@@ -164,16 +195,11 @@ def opened(path: Path) -> None:
 
 
 def line(
-    size: str,
-    name: str,
-    floor: float | None,
-    aim: float | None,
-    same: tuple[float, float],
-    other: tuple[float, float] | None,
+    size: str, name: str, floor: float | None, aim: float | None, same: Spread, *others: Spread | None
 ) -> Iterator[Measure]:
     """Print a line of the table; yield it where it has a target."""
     targets = "".join(f"{'' if value is None else f'{value:g}':>7}" for value in (floor, aim))
-    figures = "".join(f"{value:>9.2f}" for value in (*same, *(other or ())))
+    figures = "".join("{:>9.2f}{:>9.2f}".format(*one) if one else " " * 18 for one in (same, *others))
     print(f"{size:<22}{name:<34}{targets}{figures}", flush=True)
     if floor is not None and aim is not None:
         yield Measure(f"{name}, {size}", same[0], floor, aim, "ms", less=True)
@@ -209,7 +235,10 @@ def main() -> None:
     asked = parser.parse_args()
     shapes = [Shape(firings=size) for size in LARGE] if asked.large else [*map(Shape, asked.firings), MANY]
     print(f"machine: {workload.machine()}")
-    print(f"{'size':<22}{'milliseconds':<34}{'floor':>7}{'aim':>7}{'same p50':>9}{'p95':>9}{'other p50':>9}{'p95':>9}")
+    print(
+        f"{'size':<22}{'milliseconds':<34}{'floor':>7}{'aim':>7}{'same p50':>9}{'p95':>9}"
+        f"{'other p50':>9}{'p95':>9}{'cold p50':>9}{'p95':>9}"
+    )
     found: list[Measure] = []
     for shape in shapes:
         with home(asked.keep) as folder:
