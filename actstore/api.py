@@ -5,15 +5,15 @@ from __future__ import annotations
 import atexit
 import shlex
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from .errors import MissingInput, QueryError, UnknownName, explain, unknown_name
+from .errors import CorruptStore, MissingInput, QueryError, UnknownName, explain, unknown_name
 from .index import Catalog, Connection, Part, load_catalog, open_index, plain_connection
 from .lenses import Functions
 from .matrices import Activations, SiteView
@@ -33,6 +33,7 @@ __all__ = ["Activations", "SiteView", "Store"]
 
 INDEX = "index"
 Parameters = Sequence[Any] | Mapping[str, Any] | None
+Opened = TypeVar("Opened")
 
 
 class Store:
@@ -54,10 +55,11 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Close the index's files."""
+        """Close the index's files, and forget which they are: asked again, the store reads the catalog of that time."""
         if "_connection" in self.__dict__:
             self._connection.close()
             del self.__dict__["_connection"]
+        self.__dict__.pop("catalog", None)
 
     def __repr__(self) -> str:
         layout, model = self.reader.layout, self.reader.store.model["identity"]["name"]
@@ -65,7 +67,7 @@ class Store:
 
     @cached_property
     def catalog(self) -> Catalog:
-        """The index's catalog, as it was when it was first asked for.
+        """The index's catalog, as it was when it was first asked for; a newer one where its parts are gone.
 
         Raises MissingInput where the store was not indexed yet.
         """
@@ -74,14 +76,38 @@ class Store:
             raise MissingInput(
                 explain(f"{self.url} has no index yet", next_step=f"build it: actstore index {shlex.quote(self.url)}")
             )
-        return load_catalog(lambda name: location.read(f"{INDEX}/{name}"))
+
+        def load() -> Catalog:
+            return load_catalog(lambda name: location.read(f"{INDEX}/{name}"))
+
+        try:
+            return load()
+        except CorruptStore:  # another process replaced CURRENT, and removed what it named, since we read it
+            return load()
 
     @cached_property
     def _connection(self) -> Connection:
-        labels = self.reader.labels()
-        opened = open_index(self.catalog, self._locate, functions=self.functions.all(), labels=labels)
+        opened = self._over_parts(open_index)
         weakref.finalize(self, opened.close)  # else an error that is kept until the end makes DuckDB tell of leaks
         return opened
+
+    def _over_parts(self, opening: Callable[..., Opened]) -> Opened:
+        """Return what `opening` makes of the catalog's parts, or of those that replaced them meanwhile.
+
+        Raises CorruptStore where a part that the current catalog names is missing or damaged.
+        """
+        known, given = self.catalog, {"functions": self.functions.all(), "labels": self.reader.labels()}
+        try:
+            return opening(known, self._locate, **given)
+        except CorruptStore:
+            self.__dict__.pop("catalog", None)
+            if self.catalog == known:
+                raise
+            return opening(self.catalog, self._locate, **given)
+
+    def _index(self) -> tuple[Catalog, Connection]:
+        connection = self._connection  # first: where parts are gone, it takes a newer catalog
+        return self.catalog, connection
 
     def _locate(self, name: str) -> Path:
         part: Part = next(one for one in self.catalog.parts if one.name == name)
@@ -154,8 +180,7 @@ class Store:
 
         It is yours: it may read and write files. The store itself is attached read-only.
         """
-        labels = self.reader.labels()
-        opened = plain_connection(self.catalog, self._locate, functions=self.functions.all(), labels=labels)
+        opened = self._over_parts(plain_connection)
         atexit.register(_close, weakref.ref(opened))
         return opened
 
@@ -192,7 +217,7 @@ class Store:
         """
         from .exports import Source, export
 
-        source = Source(self.url, self.reader, lambda: (self.catalog, self._connection))
+        source = Source(self.url, self.reader, self._index)
         return export(source, what, form=format, out=out, report=report, **options)
 
     def lens(
@@ -215,8 +240,9 @@ class Store:
         saved = {row["lens"] for row in self.reader.tables()["lenses"]} - {"logit"}
         known = ["logit", *sorted(saved)] if folder is None else ["tuned"]
         if lens not in known:
-            next_step = 'store.lens("tuned", doc=…, folder=…) with the folder of a tuned lens'
-            raise unknown_name("lens", lens, known, next_step=next_step)
+            tuned = 'store.lens("tuned", doc=…, folder=…) with the folder of a tuned lens'
+            what = "lens" if folder is None else "lens with a folder"
+            raise unknown_name(what, lens, known, next_step=tuned if folder is None else "leave `folder` out")
         if folder is None:
             return self.query("logit_lens", {"doc": doc, "k": k, "sites": sites, "lens": lens})
         from .lenses.tuned import TunedLens, lens_table

@@ -185,7 +185,7 @@ def test_a_folder_without_a_lens_is_refused(tmp_path: Path, missing: str) -> Non
     ("arguments", "said"),
     [
         ({"lens": "tuned"}, "folder of a tuned lens"),
-        ({"lens": "logit", "folder": "x"}, "Accepted: tuned"),
+        ({"lens": "logit", "folder": "x"}, "no lens with a folder 'logit'"),
         ({"lens": "attention"}, "no lens 'attention'"),
         ({"lens": "tuned", "folder": "nowhere"}, "no tuned lens in nowhere"),
     ],

@@ -14,7 +14,7 @@ import duckdb
 from actstore.errors import CorruptStore, explain
 
 from .catalog import Part
-from .engine import REMAKE, attach
+from .engine import REMAKE, allow_open_files, attach
 from .schema import PART_TABLES
 
 __all__ = ["attach_parts", "refuse_callables"]
@@ -49,8 +49,10 @@ def attach_parts(
 ) -> list[tuple[str, Part]]:
     """Attach parts read-only as p0, p1, … and return each alias with its part.
 
-    Raises CorruptStore where one cannot be opened, or holds other relations than the base tables of its kind.
+    Raises CorruptStore where one cannot be opened, or holds other relations than the base tables of its kind; NoSpace
+    where the process may not have as many files open.
     """
+    allow_open_files(len(parts))
     attached = {f"p{number}": part for number, part in enumerate(parts)}
     for alias, part in attached.items():
         attach(connection, locate(part), alias)

@@ -225,7 +225,7 @@ def _prepare(
     raised: Raised,
 ) -> Attached:
     """Attach the parts and make tables and functions; return the parts with their aliases."""
-    attached = attach_parts(connection, catalog.parts, lambda part: _present(locate(part.name), part))
+    attached = attach_parts(connection, catalog.parts, lambda part: _present(locate, part))
     refuse_callables(connection, attached)
     for function in functions:
         register(connection, function, raised)
@@ -236,9 +236,13 @@ def _prepare(
     return attached
 
 
-def _present(path: Path, part: Part) -> Path:
-    """Return `path` where it has the size of the part; a shorter file might be opened and fail only when read."""
-    found = path.stat().st_size if path.is_file() else None
+def _present(locate: Locate, part: Part) -> Path:
+    """Return where the part is, if it has its size there; a shorter file might be opened and fail only when read."""
+    try:
+        path = locate(part.name)
+        found = path.stat().st_size if path.is_file() else None
+    except FileNotFoundError:  # of a remote store, or removed at this moment
+        found = None
     if found != part.n_bytes:
         said = "is missing" if found is None else f"has {found} bytes instead of {part.n_bytes}"
         raise CorruptStore(explain(f"The part {part.name} {said}", next_step=REMAKE))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import resource
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import duckdb
@@ -18,6 +22,7 @@ from .schema import quote_name, quote_text
 
 __all__ = [
     "REMAKE",
+    "allow_open_files",
     "attach",
     "fetch_columns",
     "in_memory",
@@ -38,7 +43,10 @@ _CLOSED: Mapping[str, str | bool] = {
 }
 
 _DAMAGE = re.compile(r"computed checksum|Corrupt database file|not a valid DuckDB database|Could not read")
-REMAKE = "run `actstore verify`, then `actstore index` to make the damaged part again"
+_TOO_MANY_FILES = os.strerror(errno.EMFILE)
+_SPARE_FILES = 256  # for whatever else the process opens while the parts stay open
+_limits = Lock()
+REMAKE = "run `actstore verify --repair` on the store: it makes the damaged part again"
 
 
 def in_memory(**config: str | int | bool) -> duckdb.DuckDBPyConnection:
@@ -46,8 +54,22 @@ def in_memory(**config: str | int | bool) -> duckdb.DuckDBPyConnection:
     return duckdb.connect(":memory:", config={**_CLOSED, **config})
 
 
+def allow_open_files(n_more: int) -> None:
+    """Let this process open so many more files, as far as its hard limit goes: every part stays open.
+
+    The usual limit is 1,024 or less. It is changed only where it would be approached, and never lowered.
+    """
+    with _limits, suppress(OSError, ValueError):  # who may not change it is told when a file cannot be opened
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = len(list(Path("/dev/fd").iterdir())) + n_more + _SPARE_FILES
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def attach(connection: duckdb.DuckDBPyConnection, path: Path, alias: str, options: str = "READ_ONLY") -> None:
-    """Attach a DuckDB file; raises CorruptStore where it cannot be opened."""
+    """Attach a DuckDB file; raises CorruptStore where it cannot be opened, NoSpace where too many files are open."""
     with translate_reading(path.name):
         # Without a type DuckDB looks at the file, and would fetch and load an extension for other databases.
         connection.execute(f"ATTACH {quote_text(str(path))} AS {quote_name(alias)} (TYPE duckdb, {options})")
@@ -67,11 +89,23 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def translate_reading(part: str) -> Iterator[None]:
-    """Turn DuckDB's errors about a part's bytes into CorruptStore."""
+    """Turn DuckDB's errors about a part's bytes into CorruptStore, and about open files into NoSpace."""
     try:
         yield
     except duckdb.Error as error:
+        if _TOO_MANY_FILES in str(error):
+            raise _too_many_files(part) from None
         raise CorruptStore(explain(f"The part {part} cannot be read: {one_line(error)}", next_step=REMAKE)) from None
+
+
+def _too_many_files(part: str) -> NoSpace:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return NoSpace(
+        explain(
+            f"This process may have {soft} files open, too few for the parts of the index: {part} is one too many",
+            next_step="allow more, `ulimit -n 65536`, or run `actstore index`, which joins the parts of an SAE",
+        )
+    )
 
 
 @contextmanager

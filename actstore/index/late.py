@@ -13,7 +13,9 @@ mean the same is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from .schema import quote_name
@@ -21,6 +23,11 @@ from .schema import quote_name
 __all__ = ["call_late"]
 
 Node = Mapping[str, Any]
+
+_LOCATION = re.compile(r'"query_location(_length)?": \d+')
+_SEVERAL = re.compile(r'"class": "star"|"function_name": "unnest"')  # columns, maybe
+_WORDS = re.compile(r"[\w ]+")
+_WORDS_ALONE = frozenset({"COLLATE", "CONSTANT"})  # what may be spelled in words; all else has brackets or signs
 
 
 def call_late(text: str, select: Node, nodes: Iterable[Node], functions: Collection[str]) -> str | None:
@@ -30,7 +37,9 @@ def call_late(text: str, select: Node, nodes: Iterable[Node], functions: Collect
     """
     if not _keeps_first_rows(select):
         return None
-    names = [_name(item) for item in select["select_list"]]
+    names = _distinct_names(select["select_list"])
+    if names is None:
+        return None
     mentioned = {str(node["column_names"][-1]).lower() for node in nodes if node.get("class") == "COLUMN_REF"}
     calls = [
         item
@@ -38,7 +47,7 @@ def call_late(text: str, select: Node, nodes: Iterable[Node], functions: Collect
         if _is_call(item, functions) and name not in mentioned
     ]
     spliced = _splice(text.encode(), calls)
-    if not calls or None in names or len(set(names)) < len(names) or spliced is None:
+    if not calls or spliced is None:
         return None
     made = ", ".join(_call(item) for item in calls)
     return f"SELECT * REPLACE ({made}) FROM (\n{spliced.strip().removesuffix(';')}\n)"
@@ -55,13 +64,24 @@ def _keeps_first_rows(select: Node) -> bool:
     return named and not grouped and select["aggregate_handling"] == "STANDARD_HANDLING"
 
 
-def _name(item: Node) -> str | None:
-    """Return the name of a column of the answer in lower case, its class where it has none, None for a star."""
-    if item["class"] == "STAR":
-        return None
-    if item["alias"]:
-        return str(item["alias"]).lower()
-    return str(item["column_names"][-1]).lower() if item["class"] == "COLUMN_REF" else f"({item['query_location']})"
+def _distinct_names(items: Sequence[Node]) -> list[str] | None:
+    """Return what each column is called, in lower case; None where a query over the answer might call one otherwise.
+
+    Of two columns of one name it renames the second. A column that was given no name is called by its text, for which
+    its tree stands here: names that could be such a text are not certain to be others, nor are texts that could be one.
+    """
+    trees = [_LOCATION.sub("", json.dumps(item)).lower() for item in items]
+    given = [_given_name(item) for item in items]
+    names = [name or tree for name, tree in zip(given, trees, strict=True)]
+    unnamed = [item["class"] for item, name in zip(items, given, strict=True) if not name]
+    alike = unnamed and not all(_WORDS.fullmatch(name) for name in given if name)
+    uncertain = alike or _WORDS_ALONE.intersection(unnamed) or any(map(_SEVERAL.search, trees))
+    return None if uncertain or len(set(names)) < len(names) else names
+
+
+def _given_name(item: Node) -> str:
+    """Return the name of a column in lower case, nothing where its text is its name."""
+    return str(item["alias"] or (item["column_names"][-1] if item["class"] == "COLUMN_REF" else "")).lower()
 
 
 def _is_call(item: Node, functions: Collection[str]) -> bool:

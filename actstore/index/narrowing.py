@@ -9,7 +9,8 @@ the table's name is replaced in the text by a query over this SAE's parts, which
 
     SELECT … FROM (SELECT … FROM p3.firings) a JOIN tokens t USING (row) WHERE a.sae = '20-res' AND …
 
-The condition stays. Whatever is not certain to mean the same is left alone.
+The condition stays, and so do names of columns: an item without a name is called by its text, which is left alone where
+a subquery in it names a table. Whatever is not certain to mean the same is left alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .schema import quote_name
+from .statements import below
 
 __all__ = ["Place", "find_places", "narrow"]
 
@@ -26,6 +28,7 @@ Node = Mapping[str, Any]
 Parameters = Sequence[Any] | Mapping[str, Any] | None
 
 SUBJECT = "sae"
+_ITEMS = ("select_list", "group_expressions", "having", "qualify", "modifiers")
 _JOINS = {"INNER": ("left", "right"), "LEFT": ("right",)}  # of which sides an ON condition leaves rows out
 
 
@@ -60,7 +63,8 @@ def find_places(text: str, nodes: Sequence[Node], tables: Collection[str]) -> tu
     names = {table for table in tables if table not in ctes}
     if qualified or not names:
         return ()
-    selects = [node for node in nodes if node.get("type") == "SELECT_NODE" and not node["sample"]]
+    kept = _kept_as_spelled(nodes)
+    selects = [node for node in nodes if _is_select(node) and not (node["sample"] or id(node) in kept)]
     return tuple(place for node in selects for place in _places_of(text.encode(), node, names))
 
 
@@ -73,6 +77,24 @@ def narrow(text: str, places: Iterable[Place], parameters: Parameters, query: Ca
         if found is not None:
             spelled = spelled[: place.start] + f"({found}){place.alias}".encode() + spelled[place.end :]
     return spelled.decode()
+
+
+def _kept_as_spelled(nodes: Sequence[Node]) -> set[int]:
+    """Return the identities of nodes whose text must stay: a column without a name is called by the text of its item.
+
+    With it stays every expression that may have to equal such an item: of groups and orders, for instance. What the
+    columns of a subquery within an expression are called is never seen.
+    """
+    unseen = {id(node["subquery"]["node"]) for node in nodes if node.get("class") == "SUBQUERY"}
+    seen = [node for node in nodes if _is_select(node) and id(node) not in unseen]
+    items = [item for node in seen for item in node["select_list"] if not item["alias"]]
+    if not any(_is_select(node) for item in items for node in below(item)):
+        return set()
+    return {id(one) for node in nodes if "modifiers" in node for name in _ITEMS for one in below(node.get(name))}
+
+
+def _is_select(node: Node) -> bool:
+    return node.get("type") == "SELECT_NODE"
 
 
 def _places_of(text: bytes, select: Node, names: Collection[str]) -> Iterator[Place]:

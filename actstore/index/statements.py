@@ -20,7 +20,7 @@ from actstore.errors import QueryError, explain
 from .engine import one_line
 from .schema import TABLES
 
-__all__ = ["ACCEPTED", "MAX_TEXT_BYTES", "Statement", "check_statement"]
+__all__ = ["ACCEPTED", "MAX_TEXT_BYTES", "Statement", "below", "check_statement"]
 
 MAX_TEXT_BYTES = 1 << 16
 ACCEPTED = (
@@ -70,7 +70,7 @@ def check_statement(
     explained = _EXPLAIN.match(text)
     question = text[explained.end() :] if explained else text
     tree = _parse(connection, question)
-    nodes = list(_walk(tree))
+    nodes = list(below(tree))
     _check_nodes(nodes, parts)
     if not explained:
         _check_kind_of_text(connection, text, duckdb.StatementType.SELECT)
@@ -123,7 +123,8 @@ def _not_parsed(parsed: Node) -> QueryError:
     return QueryError(explain(" ".join(str(parsed["error_message"]).split()), accepted=ACCEPTED))
 
 
-def _walk(tree: Node) -> Iterator[Node]:
+def below(tree: Any) -> Iterator[Node]:
+    """Yield all nodes of a statement's tree, however deep."""
     waiting: list[Any] = [tree]
     while waiting:
         found = waiting.pop()

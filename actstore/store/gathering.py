@@ -1,7 +1,8 @@
 """Rows of arrays in any order: each chunk is decoded once, and those used last are kept decoded.
 
 The kept chunks of an array lie in one block of memory, so that rows whose chunks are there are taken in one step, as
-fast as from a memory-mapped file.
+fast as from a memory-mapped file. What it costs to know where they lie grows with the chunks that are kept, not with
+those that the array has: a store may have millions of them, of each of many arrays.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ __all__ = ["ChunkCache", "Read"]
 CACHE_BYTES = 256 << 20
 RUN_BYTES = 32 << 20  # neighbouring chunks are read together, up to so many bytes
 NOWHERE = -1
+PAGE_BITS = 8
+PAGE = 1 << PAGE_BITS  # chunks
 
 Array = npt.NDArray[Any]
 Numbers = npt.NDArray[np.int64]
@@ -69,48 +72,49 @@ class _HeldChunks:
         n_places = max(1, min(n_chunks, limit_bytes // self._chunk_bytes))
         # Memory that is never written is never taken from the system.
         self._values = np.empty((n_places * self._length, *like.shape[1:]), dtype=like.dtype)
-        self._place_of = np.full(n_chunks, NOWHERE, dtype=np.int64)
-        self._chunk_in = np.full(n_places, NOWHERE, dtype=np.int64)
+        self._places = _Places(n_chunks)
+        self._n_held = 0
+        # The chunk in each place, plus 1, so that 0 says that there is none.
+        self._chunk_plus_1 = np.zeros(n_places, dtype=np.int64)
         self._used = np.zeros(n_places, dtype=np.int64)
         self._clock = 0
 
     @property
     def n_bytes(self) -> int:
-        n_held: int = int(np.count_nonzero(self._chunk_in != NOWHERE))
-        return n_held * self._chunk_bytes
+        return self._n_held * self._chunk_bytes
 
     def take(self, rows: Numbers, read: Read) -> Array:
         with self._lock:
             chunks = rows // self._length
-            if (self._place_of[chunks] != NOWHERE).all():
-                return self._taken(rows, chunks)
+            places = self._places.of(chunks)
+            if (places != NOWHERE).all():
+                return self._taken(rows, chunks, places)
             distinct = np.unique(chunks)
-            if len(distinct) <= len(self._chunk_in):
+            if len(distinct) <= len(self._used):
                 self._fetch(distinct, read)
-                return self._taken(rows, chunks)
+                return self._taken(rows, chunks, self._places.of(chunks))
             return self._take_in_parts(rows, chunks, distinct, read)
 
-    def _taken(self, rows: Numbers, chunks: Numbers) -> Array:
-        """Return rows whose chunks are all held."""
-        places = self._place_of[chunks]
+    def _taken(self, rows: Numbers, chunks: Numbers, places: Numbers) -> Array:
+        """Return rows whose chunks are all held, in these places."""
         self._clock += 1
         self._used[places] = self._clock
-        taken: Array = np.take(self._values, places * self._length + (rows - chunks * self._length), axis=0)
+        taken: Array = np.take(self._values, rows + (places - chunks) * self._length, axis=0)
         return taken
 
     def _take_in_parts(self, rows: Numbers, chunks: Numbers, distinct: Numbers, read: Read) -> Array:
         """Return rows of more chunks than can be held at once."""
         out = np.empty((len(rows), *self._values.shape[1:]), dtype=self._values.dtype)
-        for first in range(0, len(distinct), len(self._chunk_in)):
-            part = distinct[first : first + len(self._chunk_in)]
+        for first in range(0, len(distinct), len(self._used)):
+            part = distinct[first : first + len(self._used)]
             here = np.flatnonzero((chunks >= part[0]) & (chunks <= part[-1]))
             self._fetch(part, read)
-            out[here] = self._taken(rows[here], chunks[here])
+            out[here] = self._taken(rows[here], chunks[here], self._places.of(chunks[here]))
         return out
 
     def _fetch(self, wanted: Numbers, read: Read) -> None:
         """Read those of some chunks that are not held, where others were that are not wanted."""
-        held = self._place_of[wanted]
+        held = self._places.of(wanted)
         self._clock += 1
         self._used[held[held != NOWHERE]] = self._clock
         missing = wanted[held == NOWHERE]
@@ -122,10 +126,52 @@ class _HeldChunks:
                 self._put(chunk, next(places), values[start : start + self._length])
 
     def _put(self, chunk: int, place: int, values: Array) -> None:
-        if self._chunk_in[place] != NOWHERE:
-            self._place_of[self._chunk_in[place]] = NOWHERE
+        if before := int(self._chunk_plus_1[place]):
+            self._places.remove(before - 1)
+        else:
+            self._n_held += 1
         self._values[place * self._length : place * self._length + len(values)] = values
-        self._chunk_in[place], self._place_of[chunk], self._used[place] = chunk, place, self._clock
+        self._places.put(chunk, place)
+        self._chunk_plus_1[place], self._used[place] = chunk + 1, self._clock
+
+
+class _Places:
+    """The place of every chunk: a table in pages, of which there are only those with a chunk that has a place."""
+
+    def __init__(self, n_chunks: int) -> None:
+        self._start_of = np.zeros(n_chunks // PAGE + 1, dtype=np.int64)  # of a page in the table; 0: nothing is on it
+        self._table = np.full(PAGE, NOWHERE, dtype=np.int64)
+        self._n_on = [0]  # chunks on each page of the table
+        self._free: list[int] = []
+
+    def of(self, chunks: Numbers) -> Numbers:
+        """Return the place of each chunk, NOWHERE where it has none."""
+        return self._table.take(self._start_of.take(chunks >> PAGE_BITS) + (chunks & PAGE - 1))
+
+    def put(self, chunk: int, place: int) -> None:
+        """Give a chunk that has none a place."""
+        start = int(self._start_of[chunk // PAGE]) or self._add_page(chunk)
+        self._table[start + chunk % PAGE] = place
+        self._n_on[start // PAGE] += 1
+
+    def remove(self, chunk: int) -> None:
+        """Take a chunk's place from it."""
+        start = int(self._start_of[chunk // PAGE])
+        self._table[start + chunk % PAGE] = NOWHERE
+        self._n_on[start // PAGE] -= 1
+        if not self._n_on[start // PAGE]:
+            self._start_of[chunk // PAGE] = 0
+            self._free.append(start)
+
+    def _add_page(self, chunk: int) -> int:
+        if not self._free:
+            n_pages = len(self._n_on)
+            self._table = np.concatenate([self._table, np.full_like(self._table, NOWHERE)])  # twice as long
+            self._n_on += [0] * n_pages
+            self._free = [page * PAGE for page in range(2 * n_pages - 1, n_pages - 1, -1)]
+        start = self._free.pop()
+        self._start_of[chunk // PAGE] = start
+        return start
 
 
 def _runs(chunks: list[int], longest: int) -> Iterator[tuple[int, int]]:
