@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import ActstoreError
+from .health import check_text
 from .recipe import Recipe, SaeIdentity
+from .run_report import RunReport
 from .saes import NEURONS
 from .sites import parse_site
-from .store import StoreReader
+from .store import Location, StoreReader, read_runs
 
-__all__ = ["completing", "having_again", "not_ok", "what_stays"]
+__all__ = ["already_done", "completing", "having_again", "how_far_it_came", "not_ok", "what_stays"]
 
 DEFAULTS = {"activation_bits": 10, "attention_min": 0.005, "neurons_top": 64, "lens_k": 5}  # of the command line
 
@@ -23,19 +27,45 @@ def what_stays(store: Path) -> str:
     where = shlex.quote(str(store))
     try:
         reader = StoreReader(store)
-        n_shards, n_docs = reader.layout.n_shards, reader.layout.n_docs
-        done = {one: len(reader.receipts[one]) for one in reader.passes}
+        n_shards, n_docs, unfinished = reader.layout.n_shards, reader.layout.n_docs, _begun(reader)
     except ActstoreError:
         return "Nothing was stored yet."
     if not n_shards:
         return f"{where} stays, still without text: the next command with this --out begins there, or remove it."
-    if not done:
+    if not reader.passes:
         what = f"{where} stays with the text of {n_docs} documents as tokens, and nothing of the model"
         return f"{what}: a corrected command with the same text goes on from there, or remove it."
-    if unfinished := {one: n_done for one, n_done in done.items() if n_done < n_shards}:
-        told = (f"{n_done} of {n_shards} shards of pass {one}" for one, n_done in unfinished.items())
-        return f"{', '.join(told)} are done and stay; the same command resumes."
+    if unfinished:
+        return f"{', '.join(unfinished)} are done and stay; the same command resumes."
     return f"Every pass that was begun is complete and stays; the same command goes on, or: actstore index {where}."
+
+
+def _begun(reader: StoreReader) -> list[str]:
+    """Return how many shards each pass has that lacks some."""
+    n_shards = reader.layout.n_shards
+    done = {one: len(reader.receipts[one]) for one in reader.passes}
+    return [f"{n_done} of {n_shards} shards of pass {one}" for one, n_done in done.items() if n_done < n_shards]
+
+
+def already_done(store: Path) -> str | None:
+    """Return what a plan over a store counts though it is made already; None where no pass is half made."""
+    try:
+        unfinished = _begun(StoreReader(store))
+    except ActstoreError:
+        return None
+    if not unfinished:
+        return None
+    return f"Counted too is what is done: {', '.join(unfinished)}; the command of that pass makes the others."
+
+
+def how_far_it_came(store: Path, since: float) -> str | None:
+    """Return what this process made of its last run that began since a time; None where it finished no shard."""
+    me = socket.gethostname(), os.getpid()
+    mine = [run for run in read_runs(Location.of(store), since) if (run.host, run.pid) == me and run.began >= since]
+    reports = [RunReport.from_json(run.report) for run in mine if run.report]
+    if not reports or reports[-1] is None:
+        return None
+    return f"This run made {reports[-1].n_rows} tokens: {reports[-1]}"
 
 
 def not_ok(store: Path, pass_id: str) -> list[str]:
@@ -43,13 +73,7 @@ def not_ok(store: Path, pass_id: str) -> list[str]:
     checks = StoreReader(store).passes[pass_id].health
     failed = [one for one in checks if one["ok"] is False]
     failed = [one for one in failed if one["name"] != "sae_site" or "lowest of " in one["expected"]]
-    return [
-        f"{one['name']} of {one['subject']} is {_number(one['value'])}, expected {one['expected']}" for one in failed
-    ]
-
-
-def _number(value: float | None) -> str:
-    return "not a number" if value is None else f"{value:.4g}"
+    return [check_text(one) for one in failed]
 
 
 def having_again(store: str | Path, artifact: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-__all__ = ["HealthCheck"]
+__all__ = ["HealthCheck", "check_text"]
 
 
 @dataclass(frozen=True)
@@ -35,3 +35,9 @@ class HealthCheck:
     def from_json(cls, body: Mapping[str, Any]) -> Self:
         """Return the check that `to_json` wrote; raises TypeError for fields it does not know."""
         return cls(**body)
+
+
+def check_text(check: Mapping[str, Any]) -> str:
+    """Return a row of the table `health` as a sentence for people; its value has four significant digits."""
+    value = "not a number" if check["value"] is None else f"{check['value']:.4g}"
+    return f"{check['name']} of {check['subject']} is {value}, expected {check['expected']}"

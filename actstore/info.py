@@ -9,8 +9,9 @@ from typing import Any
 
 from .api import INDEX, Store
 from .blocks import artifact_of
+from .health import check_text
 from .run_report import RunReport
-from .store import StoreReader, kit_file, run_reports
+from .store import StoreReader, kit_file, last_runs, read_runs
 
 __all__ = ["Description", "describe"]
 
@@ -28,11 +29,11 @@ class Description:
     n_bytes: Mapping[str, int]
     index: Mapping[str, Any] | None
     health: list[Mapping[str, Any]]
-    runs: Mapping[str, RunReport]  # how the last run of a pass went, where its journal is there
+    runs: Mapping[str, list[RunReport]]  # how the last run of a pass went, of each process that was at it at once
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
-        return {**vars(self), "runs": {name: run.to_json() for name, run in self.runs.items()}}
+        return {**vars(self), "runs": {name: [one.to_json() for one in run] for name, run in self.runs.items()}}
 
     def __str__(self) -> str:
         revision = f" @ {self.store['revision']}" if self.store["revision"] else ""
@@ -40,8 +41,7 @@ class Description:
         lines.append("  " + ", ".join(f"{count} {name}" for name, count in self.corpus.items()))
         for one in self.passes:
             lines.append(f"pass {one['pass']}: {one['done']} of {one['total']} shards")
-            if one["pass"] in self.runs:
-                lines.append(f"  last run: {self.runs[one['pass']]}")
+            lines += _run_lines(self.runs.get(one["pass"], []))
         lines += [f"  {name:<44} {count / 1e6:10.1f} MB" for name, count in self.n_bytes.items()]
         if self.index:
             lines.append(
@@ -56,11 +56,17 @@ class Description:
         unproved = [check for check in self.health if check["ok"] is None]
         lines = [f"health: {len(self.health)} checks, {len(failed)} not ok, {len(unproved)} not proved"]
         for verdict, checks in (("NOT OK", failed), ("not proved", unproved)):
-            lines += [
-                f"  {verdict}: {one['name']} of {one['subject']} is {one['value']}, expected {one['expected']}"
-                for one in checks
-            ]
+            lines += [f"  {verdict}: {check_text(one)}" for one in checks]
         return lines
+
+
+def _run_lines(reports: list[RunReport]) -> list[str]:
+    """Return how a pass's last run went: a line, or where several processes shared it, one more for each of them."""
+    if len(reports) < 2:
+        return [f"  last run: {report}" for report in reports]
+    together = sum(report.n_rows for report in reports)
+    first = f"  last run: {len(reports)} processes at once, {together} tokens together"
+    return [first, *(f"    {report.n_rows} tokens of one: {report}" for report in reports)]
 
 
 def describe(store: Store) -> Description:
@@ -94,9 +100,14 @@ def describe(store: Store) -> Description:
     )
 
 
-def _runs(reader: StoreReader) -> dict[str, RunReport]:
-    reports = {one: RunReport.from_json(body) for one, body in run_reports(reader.location).items()}
-    return {one: report for one, report in reports.items() if report is not None}
+def _runs(reader: StoreReader) -> dict[str, list[RunReport]]:
+    """Return the reports of each pass's last run; a pass of which none is known is not there."""
+    found = {
+        one: [RunReport.from_json(run.report) for run in runs if run.report]
+        for one, runs in last_runs(read_runs(reader.location)).items()
+    }
+    known = {one: [report for report in reports if report is not None] for one, reports in found.items()}
+    return {one: reports for one, reports in known.items() if reports}
 
 
 def _artifact_bytes(reader: StoreReader) -> dict[str, int]:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ def _rows(file: Path) -> Iterator[tuple[int, Row]]:
             yield from _parsed(lines, file.name.removesuffix(".gz"))
     except UnicodeDecodeError as error:
         raise InvalidInput(explain(f"{file} is not UTF-8 ({error.reason})", next_step="convert it to UTF-8")) from None
-    except (gzip.BadGzipFile, EOFError):
+    except (gzip.BadGzipFile, EOFError, zlib.error):
         raise InvalidInput(explain(f"{file} is not whole gzip", next_step="download it again")) from None
 
 
@@ -117,15 +118,22 @@ def _text(file: Path) -> io.TextIOWrapper:
 
 def _parsed(lines: io.TextIOWrapper, name: str) -> Iterator[tuple[int, Row]]:
     if name.endswith(".csv"):
-        reader = csv.DictReader(lines)
-        header = reader.fieldnames or ()
-        if header and not COLUMNS.issubset(header) and "modelId" not in header:
-            raise InvalidInput(explain(f"{name}:1: the columns are {', '.join(header)}", accepted=ACCEPTED))
-        yield from ((reader.line_num, dict(row)) for row in reader)
+        yield from _csv_rows(csv.DictReader(lines), name)
     elif name.endswith(".json"):
         yield from ((number, _row(one)) for number, one in enumerate(_listed(lines.read(), name), start=1))
     else:
         yield from ((number, _row(_json(line))) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _csv_rows(reader: csv.DictReader[str], name: str) -> Iterator[tuple[int, Row]]:
+    try:
+        header = reader.fieldnames or ()
+        if header and not COLUMNS.issubset(header) and "modelId" not in header:
+            raise InvalidInput(explain(f"{name}:1: the columns are {', '.join(header)}", accepted=ACCEPTED))
+        yield from ((reader.line_num, dict(row)) for row in reader)
+    except csv.Error as error:
+        what = f"{name}:{reader.reader.line_num}: this is no CSV ({error})"
+        raise InvalidInput(explain(what, accepted=f"fields of at most {csv.field_size_limit():,} characters")) from None
 
 
 def _listed(text: str, name: str) -> list[Any]:

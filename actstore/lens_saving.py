@@ -6,6 +6,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from .progress import Report, silent
 from .recipe import Recipe
 from .sealed import digest_of
 from .sites import Site, expand_sites, not_stored, parse_site
-from .store import PassFile, PassWriter, StoreReader, StoreWriter, exclusive
+from .store import LOCK_SECONDS, PassFile, PassWriter, StoreReader, StoreWriter, at_work, exclusive
 
 if TYPE_CHECKING:
     from .extraction.shard_lens import ShardLens, Translate
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LensRequest", "save_lens"]
 
-LOCK_SECONDS = 3600.0  # another process may be tokenising a large corpus
 LOGIT = "logit"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -79,15 +79,17 @@ def save_lens(request: LensRequest, report: Report = silent) -> Outcome:
 
     lens = None if request.tuned is None else TunedLens.open(request.tuned, allow_pt=request.allow_pt)
     StoreWriter.open(request.store)  # raises where there is none
-    with exclusive(request.store, wait_seconds=LOCK_SECONDS):
-        writer = StoreWriter.open(request.store)
-        writer.repair_metadata()
-        stored = StoredSites(StoreReader(request.store), choose_device(request.device))
-        maker = _maker(request, stored, lens)
-        read = {maker.final, *map(parse_site, maker.recipe.lens_sites)}
-        _prepare(request, writer, maker, report)
-    passing = PassWriter(writer, pass_id_of(maker.recipe))
-    return run_pass(passing, maker, report, mixed=request.mixed, shards=stored.done(read))
+    with ExitStack() as working:
+        with exclusive(request.store, wait_seconds=LOCK_SECONDS):
+            writer = StoreWriter.open(request.store)
+            writer.repair_metadata()
+            stored = StoredSites(StoreReader(request.store), choose_device(request.device))
+            maker = _maker(request, stored, lens)
+            read = {maker.final, *map(parse_site, maker.recipe.lens_sites)}
+            _prepare(request, writer, maker, report)
+            working.enter_context(at_work(request.store))
+        passing = PassWriter(writer, pass_id_of(maker.recipe))
+        return run_pass(passing, maker, report, mixed=request.mixed, shards=stored.done(read))
 
 
 def _maker(request: LensRequest, stored: StoredSites, lens: TunedLens | None) -> ShardLens:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InvalidInput, MissingInput, explain, unknown_name
+from .errors import ActstoreError, InvalidInput, MissingInput, explain, unknown_name
 from .index import Catalog, build_index, find_orphans, gc_index, verify_index
 from .labels import read_labels
 from .progress import Report, silent
 from .sealed import write_sealed
 from .sites import Site, parse_site
-from .store import StoreReader, StoreWriter, Verification, exclusive, no_claims, sweep_store, verify_store
+from .store import LOCK_SECONDS, StoreReader, StoreWriter, Verification, exclusive, no_claims, sweep_store, verify_store
 
 if TYPE_CHECKING:
     from .extraction import Outcome
-
-LOCK_SECONDS = 3600.0  # another process may be tokenising a large corpus, or indexing
 
 __all__ = [
     "collect_garbage",
@@ -85,8 +84,17 @@ def _indexed(store: Path, outcome: Outcome, report: Report, with_index: bool) ->
     return outcome
 
 
-def index(store: Path, report: Report = silent, *, memory_bytes: int = 2 << 30, wait_seconds: float = 5.0) -> Catalog:
+def index(
+    store: Path,
+    report: Report = silent,
+    *,
+    memory_bytes: int = 2 << 30,
+    wait_seconds: float = 5.0,
+    prove: bool = False,
+) -> Catalog:
     """Build or extend the index of a local store from its truth; compacts where an SAE has too many parts.
+
+    `prove` reads every part that is there, and makes anew what is damaged.
 
     Raises StoreBusy where another process published an index meanwhile.
     """
@@ -99,6 +107,7 @@ def index(store: Path, report: Report = silent, *, memory_bytes: int = 2 << 30, 
             progress=lambda what, done, total: report("indexing", done, total, f"shards of {what}"),
             lock=exclusive(store, wait_seconds=LOCK_SECONDS),  # an appended corpus may be being tokenised
             compact=True,
+            prove=prove,
         )
 
 
@@ -132,28 +141,46 @@ def verify(store: Path, report: Report = silent) -> Verification:
 def collect_garbage(store: Path) -> list[str]:
     """Remove what nothing names: unfinished files, dead claims, parts of old catalogs; return their names."""
     root = local(store)
-    removed = sweep_store(root)
-    if (root / "index").is_dir():
-        with exclusive(root, "index.lock"):  # a build that has not published yet owns parts that nothing names
-            removed += [f"index/{name}" for name in gc_index(root / "index", lock=exclusive(root))]
-    return removed
+    return sweep_store(root) + _removed_of_index(root)
+
+
+def _removed_of_index(root: Path) -> list[str]:
+    """Remove the parts of old catalogs; return their names."""
+    if not (root / "index").is_dir():
+        return []
+    with exclusive(root, "index.lock"):  # a build that has not published yet owns parts that nothing names
+        return [f"index/{name}" for name in gc_index(root / "index", lock=exclusive(root))]
 
 
 def drop(store: Path, artifact: str, report: Report = silent) -> str:
-    """Remove a site, an SAE's firings, predictions or a lens, free its space, and index again; return its name.
+    """Remove a site, an SAE's firings and labels, predictions or a lens, free the space, index again; return its name.
 
     A pass that never ended, for want of disk say, can be dropped as well; resumed, it makes what is left of it.
-    Raises UnknownName where the store does not have it, StoreBusy while somebody extracts.
+    Nothing else is read or removed: gc does that. Raises UnknownName where the store does not have it, StoreBusy while
+    somebody extracts; an error of the index says that the artifact is gone.
     """
     root = local(store)
     with exclusive(root), no_claims(root):
         writer = StoreWriter.open(root)
         name = _artifact(artifact, writer)
-        writer.drop(name)
+        n_labels = writer.drop(name)
+    if n_labels:
+        report(f"removed with {name}: {n_labels} labels of its features", 0, None, "")
     if (root / "index" / "CURRENT").exists():
-        index(root, report)
-        collect_garbage(root)
+        _index_without(root, name, report)
     return name
+
+
+def _index_without(root: Path, name: str, report: Report) -> None:
+    """Index what is left and free the space of what was indexed; an error says what has happened and what has not."""
+    try:
+        index(root, report, wait_seconds=LOCK_SECONDS)
+        _removed_of_index(root)
+    except ActstoreError as error:
+        at = shlex.quote(str(root))
+        what = f"{name} is gone, but the index is as it was or keeps old parts ({error})"
+        next_step = f"mend or wait for that, then actstore index {at} and actstore gc {at}"
+        raise type(error)(explain(what, next_step=next_step)) from error
 
 
 def _artifact(text: str, writer: StoreWriter) -> str:
@@ -185,8 +212,8 @@ def label(store: Path, file: Path, report: Report = silent) -> int:
     not stored.
     """
     root = local(store)
-    reader = StoreReader(root)
     with exclusive(root):
+        reader = StoreReader(root)  # not before: an SAE that is dropped meanwhile must not be labelled
         labels: dict[str, dict[str, str]] = {}
         for sae, feature, text in reader.labels():
             labels.setdefault(sae, {})[str(feature)] = text

@@ -192,7 +192,8 @@ def _flat(body: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {key: value for key, value in body.items() if key not in nested | {"saes"}}
 
 
-NOTHING_ASKED = """Nothing was asked for: give a site, an SAE, a lens, --attention-top or --predictions. For example:
+NOTHING_ASKED = """Nothing was asked for: give a site, an SAE, a lens or --attention-top (predictions come with these),
+or --predictions for them alone. For example:
   actstore extract MODEL DATASET --out STORE --site 'resid_post.*'
   actstore extract MODEL DATASET --out STORE --sae google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71
   actstore extract MODEL DATASET --out STORE --lens 5"""

@@ -26,6 +26,7 @@ __all__ = [
     "read_sealed",
     "seal",
     "sha256_hex",
+    "sha256_of_file",
     "translate_full_disk",
     "unseal",
     "write_durably",
@@ -50,6 +51,12 @@ def sha256_hex(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file of any size, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest_of(value: object) -> str:
     """Return the SHA-256 of a JSON value's canonical spelling, as 64 hexadecimal digits."""
     return sha256_hex(canonical_json(value))
@@ -57,7 +64,12 @@ def digest_of(value: object) -> str:
 
 def seal(body: Mapping[str, Any]) -> bytes:
     """Return `body` as canonical JSON with its digest added under `digest`, ending in a newline."""
-    return canonical_json({**body, "digest": digest_of(dict(body))}) + b"\n"
+    spelled = canonical_json(body)
+    # Where the digest stands follows from the keys before it: what may be hundreds of megabytes is spelled out once.
+    before = canonical_json({key: value for key, value in body.items() if key < "digest"})[1:-1]
+    after = spelled[1 + len(before) : -1].removeprefix(b"," if before else b"")
+    digest = f'"digest":"{sha256_hex(spelled)}"'.encode()
+    return b"{" + b",".join(filter(None, (before, digest, after))) + b"}\n"
 
 
 def unseal(data: bytes, name: str) -> dict[str, Any]:
@@ -69,7 +81,7 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
         body = json.loads(data)
         digest = body.pop("digest")
         intact = seal(body) == data
-    except (ValueError, TypeError, KeyError, AttributeError, UnicodeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         intact, digest = False, None
     if not intact:
         raise CorruptStore(

@@ -10,6 +10,7 @@ import click
 import actstore
 
 from .output import progress
+from .passes import saying_what_stays
 
 __all__ = ["demo"]
 
@@ -23,9 +24,11 @@ def demo(directory: Path) -> None:
     click.echo(
         f"Running the embedded model with {len(assets().saes)} SAEs over the embedded dataset into {directory} …"
     )
-    with progress() as report:
+    with saying_what_stays(directory), progress() as report:
         outcome = extract_demo(directory, report)
     click.echo(f"{outcome.n_rows_made} tokens in {outcome.seconds:.1f} s. From here on, no model is needed.")
+    if outcome.report is not None:
+        click.echo(str(outcome.report))
     with actstore.open(directory) as store:
         for answer in demo_answers(store):
             click.secho(f"\n{answer.title}\n", bold=True)

@@ -120,4 +120,5 @@ def _plan(asked: dict[str, Any], as_json: bool) -> None:
     from actstore.extraction import Request, plan_extraction
 
     with progress() as report:
-        print_plan(plan_extraction(Request(**asked), report), as_json)
+        plan = plan_extraction(Request(**asked), report)
+    print_plan(plan, as_json, None if "append" in asked else asked["out"])

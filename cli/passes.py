@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from actstore.advice import completing, not_ok, what_stays
+from actstore.advice import already_done, completing, how_far_it_came, not_ok, what_stays
 from actstore.errors import ActstoreError
 
 from .output import bytes_text, json_option, print_json, progress
@@ -70,7 +71,7 @@ def encode(store: Path, only_plan: bool, as_json: bool, no_index: bool, **option
     if only_plan:
         from actstore.extraction import EncodeRequest, plan_encoding
 
-        print_plan(plan_encoding(EncodeRequest(store=store, **options)), as_json)
+        print_plan(plan_encoding(EncodeRequest(store=store, **options)), as_json, store)
         return
     from actstore.maintenance import encode_and_index
 
@@ -108,11 +109,13 @@ def save_lens(store: Path, as_json: bool, no_index: bool, **options: Any) -> Non
 @contextmanager
 def saying_what_stays(store: Path) -> Iterator[None]:
     """Say what stays where a run is interrupted, or where one that fails leaves a store that was not there."""
-    was_there = store.exists()
+    was_there, began = store.exists(), time.time()
     try:
         yield
     except KeyboardInterrupt:
         click.echo(f"\nInterrupted. {what_stays(store)}", err=True)
+        if went := how_far_it_came(store, began):
+            click.echo(went, err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     except ActstoreError as error:
         if store.exists() and not was_there:
@@ -150,13 +153,15 @@ def _print_not_ok(failed: list[str]) -> None:
             click.echo(f"  and {len(failed) - MOST_SHOWN} more, which actstore info lists")
 
 
-def print_plan(plan: Plan, as_json: bool) -> None:
-    """Print what a pass would take."""
+def print_plan(plan: Plan, as_json: bool, store: Path | None) -> None:
+    """Print what a pass would take; store: whose half-made passes it may be, None where it is none of them."""
     if as_json:
         sizes = {size.artifact: size.n_bytes for size in plan.artifacts}
         print_json({**vars(plan), "artifacts": sizes, "total_bytes": plan.total_bytes})
         return
     click.echo(f"{plan.n_documents} documents, {plan.n_rows} tokens, {plan.n_shards} shards")
+    if store and (done := already_done(store)):
+        click.echo(done)
     if plan.edges_per_token:
         click.echo(f"{plan.edges_per_token} edges of attention a token: layers x heads x keys kept")
     for name, n_bytes in [

@@ -14,7 +14,7 @@ FILES = sorted([*(ROOT / "actstore").rglob("*.py"), *(ROOT / "cli").rglob("*.py"
 # Each knows earlier ones.
 GROUND = (
     *("errors", "progress", "settings", "health", "sealed", "sites", "blocks", "recipe", "tensors", "quantised"),
-    *("run_report", "on_demand"),
+    *("run_report", "on_demand", "hub"),
 )
 ROOMS = ("models", "saes", "corpus", "store", "index")
 FLOORS: dict[str, int] = {
@@ -25,7 +25,8 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("named", "results", "exports", "row_order"), 2),  # values of the facade
     **dict.fromkeys(("api", "loader", "matrices"), 3),
     # Around the facade.
-    **dict.fromkeys(("advice", "info", "maintenance", "labels", "pictures", "lens_fitting", "lens_saving"), 4),
+    **dict.fromkeys(("advice", "info", "maintenance", "repair", "labels", "pictures"), 4),
+    **dict.fromkeys(("lens_fitting", "lens_saving"), 4),
     **dict.fromkeys(("service", "notebook", "demo", "testing"), 5),
     "": 6,  # actstore/__init__.py
     "cli": 7,
@@ -45,7 +46,7 @@ HOMES: dict[str, set[str]] = {
     "fsspec": {"store"},
     "safetensors": {"saes", "lenses"},
     "zipfile": {"saes", "store"},
-    "huggingface_hub": {"models", "saes", "corpus"},
+    "huggingface_hub": {"hub"},
     "matplotlib": {"plots"},
     "click": {"cli"},
     "rich": {"cli"},

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,28 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from asking_support import ATT, DATASET, MODEL, RES
-from click.testing import CliRunner, Result
+from cli_support import EXECUTABLE, printed, run
 from saes_support import write_saelens
 
 import actstore
 from actstore.advice import having_again, what_stays
-from actstore.cli import main
 from actstore.demo import assets
 from actstore.errors import InvalidInput
 from actstore.store import StoreReader
 
-EXECUTABLE = Path(sys.executable).parent / "actstore"
 TEXTS = ["A short text about tea.", "Another one about the sea and a ship that leaves."]
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(one) for one in arguments])
-
-
-def printed(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def dataset(path: Path, n_documents: int, first: int = 0) -> Path:
@@ -68,8 +56,9 @@ def test_attention_and_predictions_make_a_store_alone(tmp_path: Path) -> None:
         assert actstore.extract(MODEL, TEXTS, out=out, device="cpu", **options).complete
         wanted = {"predictions"} if options["predictions"] else {f"attention/{layer}" for layer in range(6)}
         assert set(StoreReader(out).layout.artifacts) - {"corpus/tokens"} == wanted
-    with pytest.raises(InvalidInput, match="Nothing was asked for"):
-        actstore.extract(MODEL, TEXTS, out=tmp_path / "x", device="cpu", predictions=False)
+    for options in ({"predictions": False}, {}):  # predictions come with what is asked for, not alone
+        with pytest.raises(InvalidInput, match=r"predictions come with these\),\nor --predictions for them alone"):
+            actstore.extract(MODEL, TEXTS, out=tmp_path / "x", device="cpu", **options)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +119,36 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_resumes(tmp_path: Path) -
     n_done, n_shards = len(reader.receipts[pass_id]), reader.layout.n_shards
     assert 0 < n_done < n_shards
     assert f"{n_done} of {n_shards} shards of pass {pass_id} are done and stay; the same command resumes." in said
-    assert f"Made {n_shards - n_done} shards" in printed(*command[1:])
+    made = sum(reader.rows_used[shard] for shard in reader.receipts[pass_id])
+    assert re.search(rf"^This run made {made} tokens: \d+ tokens/s, bound by [a-z-]+ \(", said, re.MULTILINE)
+    assert f"last run: {said.partition('tokens: ')[2].strip()}" in printed("info", store)
+    planned = printed(*command[1:], "--plan")
+    assert f"Counted too is what is done: {n_done} of {n_shards} shards of pass {pass_id}; the command" in planned
+    assert "Counted too" not in printed(
+        "extract", MODEL, "--out", store, "--append", DATASET, "--site", "z.0", "--plan"
+    )
+    resumed = run(*command[1:])
+    left = f"plan: {n_shards - n_done} shards with {reader.layout.n_rows - made} tokens are to be made, of "
+    assert f"{left}{reader.layout.n_docs} documents in all: about " in resumed.stderr
+    assert f"Made {n_shards - n_done} shards" in resumed.stdout
+    assert "Counted too" not in printed(*command[1:], "--plan")
     assert "Every pass that was begun is complete" in what_stays(store)
+
+
+def test_ctrl_c_says_how_the_run_went_that_had_ended_and_nothing_where_none_made_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("actstore.maintenance.index", interrupted)
+    texts = dataset(tmp_path / "a.jsonl", 3)
+    command = ["extract", MODEL, texts, "--out", tmp_path / "x.act", "--site", "z.0", "--device", "cpu"]
+    first, second = run(*command), run(*command)
+    assert (first.exit_code, second.exit_code) == (130, 130)
+    report = r"This run made 106 tokens: \d+ tokens/s, bound by .*; peak memory \d+ MB"
+    assert re.search(rf"Every pass .* stays.*\n{report}\n$", first.stderr)
+    assert "Every pass" in second.stderr and "tokens/s" not in second.stderr
 
 
 def test_what_stays_of_a_store_that_was_hardly_begun(tmp_path: Path) -> None:

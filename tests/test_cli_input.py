@@ -11,13 +11,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 from asking_support import RES, SmallStore
-from click.testing import CliRunner, Result
-
-from actstore.cli import main
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(one) for one in arguments])
+from cli_support import run
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,16 @@ def test_who_finds_a_shard_claimed_makes_the_others_and_waits_for_it(tmp_path: P
 
     assert shards_made(store)[2] == 1
     assert truth(store) == truth(finished())
+
+
+def test_a_store_that_another_process_makes_while_its_directory_is_listed_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = Path.iterdir
+
+    def appearing(path: Path) -> Iterator[Path]:
+        (path / "store.json").write_text("{}")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", appearing)
+    assert StoreWriter.prepare(tmp_path / "s.act")

@@ -37,6 +37,10 @@ def test_it_prints_three_answers_and_what_to_type_next(printed: str) -> None:
     assert "\nNext:\n" in printed
 
 
+def test_it_says_how_the_run_went(printed: str) -> None:
+    assert re.search(r"^\d+ tokens/s, bound by .*; peak memory \d+ MB$", printed.splitlines()[2])
+
+
 def test_every_command_that_it_shows_can_be_pasted(home: Path, printed: str) -> None:
     commands = re.findall(r"^  \$ (actstore .*)$", printed, flags=re.MULTILINE)
     assert len(commands) >= 9

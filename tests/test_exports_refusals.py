@@ -18,14 +18,23 @@ from exports_support import Raw
 import actstore
 from actstore.api import Store
 from actstore.cli import main
-from actstore.errors import ActstoreError, InvalidInput, MissingDependency, MissingInput, NoSpace, UnknownName
+from actstore.errors import (
+    ActstoreError,
+    InvalidInput,
+    MissingDependency,
+    MissingInput,
+    NoSpace,
+    UnknownName,
+    UnsupportedFormat,
+)
 from actstore.exports import hierarchy, parquet_files
 from actstore.store import StoreReader
 
 SITE = "resid_post.3"
 CASES: dict[str, tuple[list[str], str, dict[str, Any], type[ActstoreError], list[str]]] = {
     "a table that is none": (["tokns"], "parquet", {}, UnknownName, ["'tokns'", "Did you mean 'tokens'", RES]),
-    "a site as a table": ([SITE], "parquet", {}, UnknownName, [SITE]),
+    "a site as a table": ([SITE], "parquet", {}, UnsupportedFormat, [f"{SITE} is a site", "safetensors or npy"]),
+    "a site as an SAE": ([SITE], "anndata", {}, UnsupportedFormat, [f"{SITE} --format safetensors --out FILE"]),
     "an SAE that is not stored": (["3-tiny"], "anndata", {}, UnknownName, ["'3-tiny'", RES, "--sae"]),
     "a table as an SAE": (["tokens"], "neuronpedia", {}, UnknownName, ["'tokens'", ATT]),
     "a site that is not stored": (["resid_post.9"], "npy", {}, UnknownName, ["resid_post.9", SITE, "--site"]),

@@ -29,8 +29,7 @@ from actstore.index import (
     verify_index,
 )
 from actstore.index.catalog import FORMAT
-from actstore.index.parts import sha256_of
-from actstore.sealed import seal, sha256_hex
+from actstore.sealed import seal, sha256_hex, sha256_of_file
 
 SECRET = "a,b\n424242,1\n"
 
@@ -70,7 +69,7 @@ def change(directory: Path, kind: str, *statements: str) -> Part:
     with duckdb.connect(str(path)) as connection:
         for statement in statements:
             connection.execute(statement)
-    changed = replace(part, n_bytes=path.stat().st_size, sha256=sha256_of(path))
+    changed = replace(part, n_bytes=path.stat().st_size, sha256=sha256_of_file(path))
     parts = [changed if other is part else other for other in catalog.parts]
     publish(directory, body_of(Catalog(900, tuple(parts), 901)))
     return changed

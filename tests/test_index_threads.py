@@ -87,7 +87,7 @@ def test_an_interrupt_ends_all_threads_and_leaves_nothing(source: Watched, tmp_p
     def meets(sae: str, shard: int) -> None:
         if sae == WIDE and shard == 0:
             os.kill(os.getpid(), signal.SIGINT)
-            threading.Timer(0.2, interrupted.set).start()
+            threading.Timer(1.0, interrupted.set).start()
         assert interrupted.wait(SECONDS)
 
     source.meets = meets

@@ -90,6 +90,8 @@ def test_our_own_fields_may_stand_between(tmp_path: Path) -> None:
         pytest.param("a.json", "{", r"not a list of labels", id="no JSON"),
         pytest.param("a.json", "[" * 200_000, r"not a list of labels", id="deep"),
         pytest.param("a.jsonl.gz", "no gzip", r"is not whole gzip", id="gzip"),
+        pytest.param("a.csv", f"sae,feature,label\nx,1,{'y' * 200_000}\n", r"a.csv:2: .*131,072 characters", id="long"),
+        pytest.param("a.csv", f"sae,{'y' * 200_000}\n", r"a.csv:1: .*no CSV", id="a long header"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused_with_their_place(
@@ -98,6 +100,16 @@ def test_rows_that_do_not_fit_are_refused_with_their_place(
     (tmp_path / name).write_text(content)
     with pytest.raises(InvalidInput, match=message):
         read_labels(tmp_path / name, SAES)
+
+
+def test_gzip_that_is_damaged_inside_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl.gz", [explanation(str(number), f"label {number}") for number in range(100)])
+    data = bytearray(path.read_bytes())
+    data[20:60] = b"\xff" * 40
+    path.write_bytes(data)
+
+    with pytest.raises(InvalidInput, match="is not whole gzip"):
+        read_labels(path, SAES)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

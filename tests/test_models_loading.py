@@ -49,7 +49,6 @@ def test_a_description_needs_no_weights(folder: Path, copy: Path) -> None:
     assert (facts.n_layers, facts.d_model, facts.query_width, facts.kv_width, facts.d_mlp) == (3, 24, 60, 30, 36)
     assert (facts.vocabulary_size, facts.final_softcap, facts.norm_eps) == (97, 30.0, 1e-6)
     assert facts.n_parameters == sum(parameter.numel() for parameter in tiny_model().parameters())
-    assert facts.weight_bytes == 4 * facts.n_parameters
     assert describe_model(copy).config_digest == describe_model(folder).config_digest
 
 
@@ -286,7 +285,7 @@ def _hub_error(kind: type[Exception]) -> Exception:
     ("error", "message"),
     [
         pytest.param(hub_errors.GatedRepoError, "gated.*accept its terms", id="gated"),
-        pytest.param(hub_errors.RepositoryNotFoundError, "neither a folder nor a hub model", id="not_there"),
+        pytest.param(hub_errors.RepositoryNotFoundError, "neither a local path nor a hub repository", id="not_there"),
         pytest.param(hub_errors.RevisionNotFoundError, "no revision 'v9'", id="revision"),
         pytest.param(hub_errors.OfflineModeIsEnabled, "could not be asked.*hf download", id="offline"),
         pytest.param(hub_errors.LocalEntryNotFoundError, "could not be asked.*hf download", id="not_cached"),
@@ -302,6 +301,11 @@ def test_errors_of_the_hub_say_what_to_do(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(MissingInput, match=message):
         load_model("owner/model", revision="v9")
+
+
+def test_a_name_that_no_hub_model_can_have_is_one_message() -> None:
+    with pytest.raises(MissingInput, match=r"owner--x/model has no model: .*Accepted: owner/name"):
+        describe_model("owner--x/model")
 
 
 def test_a_hub_model_is_loaded_from_the_cache_under_its_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from actstore.extraction.memory import keep_freed_memory
 from actstore.extraction.runner import ShardRunner
 from actstore.info import describe
 from actstore.sealed import read_sealed
-from actstore.store import PassWriter, StoreReader
+from actstore.store import Journal, PassWriter, StoreReader, last_runs, read_runs
+from actstore.store.journal import JournalledRun
 
 N_SHARDS = 6
 SECONDS = 30.0  # until what never comes is given up
@@ -163,7 +165,7 @@ def test_info_shows_how_the_last_run_of_a_pass_went(tmp_path: Path) -> None:
     report = extract(tmp_path / "store").report
     with actstore.open(tmp_path / "store") as store:
         described = describe(store)
-    assert list(described.runs.values()) == [report]
+    assert list(described.runs.values()) == [[report]]
     assert f"last run: {report.rows_per_second:.0f} tokens/s, bound by {report.bound_by}" in str(described)
 
 
@@ -171,7 +173,54 @@ def test_a_run_that_made_nothing_says_nothing_and_the_last_that_did_is_shown(tmp
     report = extract(tmp_path / "store").report
     assert extract(tmp_path / "store").report is None
     with actstore.open(tmp_path / "store") as store:
-        assert list(describe(store).runs.values()) == [report]
+        assert list(describe(store).runs.values()) == [[report]]
+
+
+def test_info_shows_every_process_of_the_last_run(tmp_path: Path) -> None:
+    report, store = extract(tmp_path / "store").report, tmp_path / "store"
+    (pass_id,) = StoreReader(store).passes
+    journals = [Journal(store) for _ in range(3)]
+    for journal in journals[:2]:
+        journal.write("begin", pass_id=pass_id)
+    for number, journal in enumerate(journals[:2]):  # both were at work at once, later than the run before
+        journal.write("end", pass_id=pass_id, report=replace(report, n_rows=1000 + number).to_json())
+    journals[2].write("begin", pass_id=pass_id)  # and one that was killed
+    with actstore.open(store) as opened:
+        described = describe(opened)
+    assert [one.n_rows for one in described.runs[pass_id]] == [1000, 1001]
+    assert "last run: 2 processes at once, 2001 tokens together\n    1000 tokens of one: " in str(described)
+    assert [one["n_rows"] for one in described.to_json()["runs"][pass_id]] == [1000, 1001]
+
+
+@pytest.mark.parametrize(
+    ("spans", "last"),
+    [
+        pytest.param([(0, 10)], [0], id="one"),
+        pytest.param([(0, 10), (10, 20)], [1], id="one after another"),
+        pytest.param([(0, 10), (9, 20)], [0, 1], id="at once"),
+        pytest.param([(0, 12), (11, 21), (20, 30)], [0, 1, 2], id="each with the next"),
+        pytest.param([(20, 30), (0, 5), (4, 21)], [1, 2, 0], id="in the order of their ends"),
+        pytest.param([(0, 5), (6, 30), (7, 9), (8, 10)], [2, 3, 1], id="within one"),
+    ],
+)
+def test_the_last_run_of_a_pass_is_what_was_at_work_at_once(spans: list[tuple[float, float]], last: list[int]) -> None:
+    def run(number: int, pass_id: str, report: dict[str, int] | None) -> JournalledRun:
+        began, ended = spans[number]
+        return JournalledRun(pass_id, "host", number, began, ended, report)
+
+    runs = [run(number, "a", {"n_rows": 1}) for number in range(len(spans))]
+    runs += [run(number, "b", None) for number in range(len(spans))]  # no report: it says nothing
+    assert {one: [run.pid for run in found] for one, found in last_runs(runs).items()} == {"a": last}
+
+
+def test_runs_of_the_journal_are_read_from_a_time_on(tmp_path: Path) -> None:
+    outcome = extract(tmp_path / "store")
+    location = StoreReader(tmp_path / "store").location
+    (run,) = read_runs(location)
+    assert run.pid == os.getpid() and run.began < run.ended
+    assert run.report == outcome.report.to_json() and outcome.report.n_rows == outcome.n_rows_made
+    assert list(read_runs(location, since=run.began)) == [run]
+    assert list(read_runs(location, since=run.began + 2)) == []
 
 
 def test_the_journal_names_every_shard_with_its_time(tmp_path: Path) -> None:

@@ -97,8 +97,25 @@ def _bytes(content: Callable[[bytes], bytes]) -> Callable[[Path, Arrays], None]:
 
 def _npy(shape: str, data: bytes, descr: str = "<f4", version: bytes = b"\x01\x00") -> bytes:
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
-    header = text.ljust(117).encode() + b"\n"
-    return b"\x93NUMPY" + version + struct.pack("<H", len(header)) + header + data
+    return _headed(text.ljust(117) + "\n", version) + data
+
+
+def _headed(header: str, version: bytes = b"\x01\x00") -> bytes:
+    return b"\x93NUMPY" + version + struct.pack("<H", len(header)) + header.encode()
+
+
+NO_HEADERS = {
+    "an open text": "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), '''",
+    "open brackets": "{'descr': '<f4', ((",
+    "signs": "-" * 9000 + "1",
+    "inversions": "~" * 5000 + "1",
+    "indentation": "  x\n y\n",
+    "a key that cannot be one": "{[]: 1}",
+    "a set of dicts": "{{}: 1}",
+    "a type of one name": "{'descr': [('a',)], 'fortran_order': False, 'shape': (2,)}",
+    "a type of a number": "{'descr': 5, 'fortran_order': False, 'shape': (2,)}",
+    "code": "{'descr': __import__('os'), 'fortran_order': False, 'shape': (2,)}",
+}
 
 
 def _entry(name: str, content: bytes, *, compression: int = zipfile.ZIP_STORED) -> Callable[[Path, Arrays], None]:
@@ -166,6 +183,10 @@ HOSTILE = [
     ),
     pytest.param(_entry("b_enc", _npy("(48,)", bytes(192), "|O")), "Python objects", id="objects_by_header"),
     pytest.param(_entry("b_enc", _npy("__import__('os')", b"")), "cannot be read as an array", id="code_in_a_header"),
+    *(
+        pytest.param(_entry("b_enc", _headed(text)), "b_enc.npy cannot be read", id=id)
+        for id, text in NO_HEADERS.items()
+    ),
     pytest.param(
         _entry("W_enc", _npy("(10, 2097152)", bytes(80 << 20)), compression=zipfile.ZIP_DEFLATED),
         "which no weights do",

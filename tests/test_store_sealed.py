@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -73,6 +74,15 @@ def test_every_bit_of_a_file_counts(tmp_path: Path, name: str) -> None:
 
 def test_the_canonical_spelling_is_one() -> None:
     assert canonical_json({"b": [1, 1.5, None], "a": "é\n"}) == '{"a":"é\\n","b":[1,1.5,null]}'.encode()
+
+
+@pytest.mark.parametrize("keys", [(), ("a",), ("z",), ("a", "z"), ("diges", "digest0", "é"), ("", 'dig"est', "digesu")])
+def test_the_digest_stands_where_its_key_sorts(keys: tuple[str, ...]) -> None:
+    body = {key: [key, {"digest": 1}] for key in keys}
+    plain = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    with_digest = {**body, "digest": hashlib.sha256(plain.encode()).hexdigest()}
+    expected = json.dumps(with_digest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert seal(body) == expected.encode() + b"\n"
 
 
 @given(BODIES)

@@ -216,7 +216,7 @@ def test_nobody_can_claim_a_shard_while_gc_looks(tmp_path: Path, monkeypatch: py
     store = tmp_path / "s"
     extract_some(store, 2)
     writer = StoreWriter.open(store)
-    monkeypatch.setattr("actstore.store.claims.SWEEP_SECONDS", 0.1)
+    monkeypatch.setattr("actstore.store.claims.LOCK_SECONDS", 0.1)
     refused = []
 
     def claim_meanwhile(root: Path) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Container, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -26,7 +27,7 @@ from actstore.saes import (
     without_neurons,
 )
 from actstore.sites import Site, not_stored, parse_site
-from actstore.store import FileProof, PassFile, PassWriter, StoreReader, StoreWriter, exclusive
+from actstore.store import LOCK_SECONDS, FileProof, PassFile, PassWriter, StoreReader, StoreWriter, at_work, exclusive
 
 from .checks import tell_overruled
 from .directions import PROJECTED, directions_of, written_site
@@ -46,8 +47,6 @@ from .work import Outcome, run_pass
 
 __all__ = ["encode", "plan_encoding"]
 
-LOCK_SECONDS = 3600.0  # another process may be tokenising a large corpus, or proving SAEs
-
 
 def encode(request: EncodeRequest, report: Report = silent) -> Outcome:
     """Encode stored sites with new SAEs and store their firings; resumes where an earlier run ended.
@@ -57,16 +56,18 @@ def encode(request: EncodeRequest, report: Report = silent) -> Outcome:
     """
     StoreWriter.open(request.store)  # raises where there is none
     encoders = _load(request, StoredSites(StoreReader(request.store), choose_device(request.device)), report)
-    with exclusive(request.store, wait_seconds=LOCK_SECONDS):
-        writer = StoreWriter.open(request.store)
-        writer.repair_metadata()
-        # Read again: others may have stored more while the SAEs were loaded.
-        stored = StoredSites(StoreReader(request.store), choose_device(request.device))
-        recipe = _recipe(request, stored, [encoder.identity for encoder in encoders])
-        encoder = ShardEncoder(stored, encoders, recipe)
-        shards = stored.done(_sites(encoders))
-        _prepare(_Beginning(request, writer, encoder, shards, report))
-    return run_pass(PassWriter(writer, pass_id_of(recipe)), encoder, report, mixed=request.mixed, shards=shards)
+    with ExitStack() as working:
+        with exclusive(request.store, wait_seconds=LOCK_SECONDS):
+            writer = StoreWriter.open(request.store)
+            writer.repair_metadata()
+            # Read again: others may have stored more while the SAEs were loaded.
+            stored = StoredSites(StoreReader(request.store), choose_device(request.device))
+            recipe = _recipe(request, stored, [encoder.identity for encoder in encoders])
+            encoder = ShardEncoder(stored, encoders, recipe)
+            shards = stored.done(_sites(encoders))
+            _prepare(_Beginning(request, writer, encoder, shards, report))
+            working.enter_context(at_work(request.store))
+        return run_pass(PassWriter(writer, pass_id_of(recipe)), encoder, report, mixed=request.mixed, shards=shards)
 
 
 def plan_encoding(request: EncodeRequest) -> Plan:

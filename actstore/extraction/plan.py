@@ -56,8 +56,8 @@ class Plan:
     def __str__(self) -> str:
         edges = f" with {self.edges_per_token} edges of attention each" if self.edges_per_token else ""
         return (
-            f"{self.n_documents} documents, {self.n_rows} tokens{edges}, {self.n_shards} shards, about "
-            f"{self.total_bytes / 1e9:.2f} GB with index and kit; {self.free_bytes / 1e9:.1f} GB are free"
+            f"{self.n_shards} shards with {self.n_rows} tokens{edges} are to be made, of {self.n_documents} documents "
+            f"in all: about {self.total_bytes / 1e9:.2f} GB with index and kit; {self.free_bytes / 1e9:.1f} GB are free"
         )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import ExitStack
 
 from actstore.models import load_model, prove
 from actstore.progress import Report, silent
 from actstore.saes import ENCODERS, Encoder, NeuronEncoder, expand_sae_arguments, load_sae, without_neurons
-from actstore.store import PassWriter, StoreWriter, exclusive
+from actstore.store import LOCK_SECONDS, PassWriter, StoreWriter, at_work, exclusive
 
 from .checks import check_context, check_sites, check_target, check_tokenizer, tell_overruled
 from .identity import neurons_of, pass_id_of, refuse_dropped
@@ -18,8 +19,6 @@ from .runner import ShardRunner
 from .work import Outcome, run_pass
 
 __all__ = ["extract"]
-
-LOCK_SECONDS = 3600.0  # another process may be tokenising a large corpus
 
 
 def extract(request: Request, report: Report = silent) -> Outcome:
@@ -47,14 +46,16 @@ def extract(request: Request, report: Report = silent) -> Outcome:
     encoders += [NeuronEncoder(identity) for identity in neurons_of(request, model)]
     opening = Opening(request, model, tokenizer, encoders, report)
     StoreWriter.prepare(request.out)
-    with exclusive(request.out, wait_seconds=LOCK_SECONDS):
-        writer = opening.open_or_create()
-        recipe = opening.recipe(writer)
-        if request.append is not None:
-            opening.append(writer)
-        runner = ShardRunner(model, opening.encoders, recipe, writer.store.shard_rows, writer.store.batch_tokens)
-        _prepare_pass(opening, writer, runner)
-    return run_pass(PassWriter(writer, pass_id_of(recipe)), runner, report, mixed=request.mixed)
+    with ExitStack() as working:
+        with exclusive(request.out, wait_seconds=LOCK_SECONDS):
+            writer = opening.open_or_create()
+            recipe = opening.recipe(writer)
+            if request.append is not None:
+                opening.append(writer)
+            runner = ShardRunner(model, opening.encoders, recipe, writer.store.shard_rows, writer.store.batch_tokens)
+            _prepare_pass(opening, writer, runner)
+            working.enter_context(at_work(request.out))
+        return run_pass(PassWriter(writer, pass_id_of(recipe)), runner, report, mixed=request.mixed)
 
 
 def _prepare_pass(opening: Opening, writer: StoreWriter, runner: ShardRunner) -> None:

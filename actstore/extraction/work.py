@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -79,15 +79,14 @@ def run_pass(
     makeable = range(passing.writer.layout.n_shards) if shards is None else shards
     run = _Run(passing, reader, maker, makeable, Journal(passing.root), report)
     run.journal.write("begin", pass_id=passing.pass_id, device=maker.device.type)
-    run.through()
-    complete, went = passing.seal(), run.went()
-    run.journal.write(
-        "end",
-        pass_id=passing.pass_id,
-        n_shards=run.n_shards,
-        complete=complete,
-        report=None if went is None else went.to_json(),
-    )
+    try:
+        run.through()
+        complete = passing.seal()
+    except BaseException:
+        with suppress(Exception):  # what ended the run is the reason, and the device may be lost with it
+            run.end(complete=False)
+        raise
+    went = run.end(complete=complete)
     others = tuple(one for one in passing.writer.layout.passes if one != passing.pass_id)
     unfinished = tuple(one for one in others if PassWriter(passing.writer, one).pending())
     return Outcome(passing.pass_id, run.n_shards, run.n_rows, run.seconds, complete, unfinished, went)
@@ -118,13 +117,14 @@ class _Run:
             self._tell(len(self.makeable) - len(pending))
             before = self.n_shards
             with Committer(self.passing, self._committed) as committer:
-                for shard in pending:
-                    self._make(shard, committer)
-            self.waited_seconds += committer.waited_seconds
+                try:
+                    for shard in pending:
+                        self._make(shard, committer)
+                finally:
+                    self.waited_seconds += committer.waited_seconds
             if self.n_shards == before:
                 time.sleep(WAIT_SECONDS)  # others have claimed all that is left
         self._tell(len(self.makeable))
-        self.seconds = time.perf_counter() - self._started
 
     def _make(self, shard: int, committer: Committer) -> None:
         """Make a shard, unless somebody else has made it or is at it."""
@@ -150,8 +150,20 @@ class _Run:
         self._done = done
         self.report(self.maker.doing, done, len(self.makeable), "shards")
 
-    def went(self) -> RunReport | None:
-        """Return how it went; None where nothing was made."""
+    def end(self, *, complete: bool) -> RunReport | None:
+        """Write down how it went, whatever ended it, and return it; None where nothing was made."""
+        self.seconds = time.perf_counter() - self._started
+        went = self._went()
+        self.journal.write(
+            "end",
+            pass_id=self.passing.pass_id,
+            n_shards=self.n_shards,
+            complete=complete,
+            report=None if went is None else went.to_json(),
+        )
+        return went
+
+    def _went(self) -> RunReport | None:
         if not self.n_shards:
             return None
         work = self.maker.watch.seconds()

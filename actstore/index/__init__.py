@@ -13,7 +13,7 @@ from .source import Segment, Source
 if TYPE_CHECKING:
     from .build import Progress, build_index
     from .compaction import MAX_PARTS, compact
-    from .upkeep import find_orphans, gc_index, verify_index
+    from .upkeep import find_orphans, forget_damaged, gc_index, verify_index
 
 __all__ = [
     "CURRENT",
@@ -32,6 +32,7 @@ __all__ = [
     "build_index",
     "compact",
     "find_orphans",
+    "forget_damaged",
     "gc_index",
     "load_catalog",
     "open_index",
@@ -49,6 +50,7 @@ __getattr__ = on_demand(
         "MAX_PARTS": "compaction",
         "compact": "compaction",
         "find_orphans": "upkeep",
+        "forget_damaged": "upkeep",
         "gc_index": "upkeep",
         "verify_index": "upkeep",
     },

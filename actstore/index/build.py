@@ -29,12 +29,14 @@ from .parts import PartWriter, Workshop
 from .row_tables import RowJob, row_jobs
 from .schema import PART_TABLES, SMALL_TABLES, TABLES
 from .source import Segment, Source
+from .upkeep import intact
 
 __all__ = ["Progress", "build_index"]
 
 Progress = Callable[[str, int, int], None]  # what is being indexed, shards of it done, shards of it in all
 
 MAX_PART_ROWS = 64_000_000
+SIGNAL_SECONDS = 0.2
 BYTES_PER_JOB = 1 << 30  # of the memory for building: with less, the firings of an SAE would come in many parts
 
 
@@ -46,14 +48,16 @@ def build_index(
     progress: Progress | None = None,
     lock: Lock | None = None,
     compact: bool = False,
+    prove: bool = False,
 ) -> Catalog:
     """Index every shard that is done, as new parts beside the present ones, and return the current catalog.
 
     As many parts are made at once as there are cores, and GB in `memory_bytes`; `progress` is called by one thread at
     a time. The caller keeps other builds and `gc_index` away meanwhile (`index.lock`): parts that no catalog names yet
     look like orphans. `lock` is entered only while the catalog changes. `compact` also joins parts where a kind has
-    more than `MAX_PARTS` of one subject. Where nothing is new the catalog stays as it is; parts of an older format
-    are all made again.
+    more than `MAX_PARTS` of one subject. Parts whose files are gone or of another length are made anew; `prove` reads
+    every part, and makes anew what is damaged. Where nothing is new the catalog stays as it is; parts of an older
+    format are all made again.
     Raises StoreBusy where another process changed the index meanwhile, NoSpace, CorruptStore.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -62,7 +66,8 @@ def build_index(
     n_saes = len(source.tables().get("saes", []))
     workshop = Workshop(directory, Names(directory, before), memory_bytes // max(1, min(n_threads, n_saes)))
     try:
-        parts = _Build(source, before, workshop, progress or _quiet).parts(compact, n_threads)
+        standing = intact(directory, before, prove=prove)
+        parts = _Build(source, standing, workshop, progress or _quiet).parts(compact, n_threads)
         if list(before.parts) == parts:
             return before
         return publish(directory, before, parts, workshop.names, lock)
@@ -88,8 +93,10 @@ class _Build:
         with ThreadPoolExecutor(n_threads) as pool:
             try:
                 made = [pool.submit(_parts_of, job) for job in self._jobs(compact)]
-                wait(made, return_when=FIRST_EXCEPTION)
-                failed = [one for one in made if one.done() and one.exception()]
+                # Waiting without an end can miss a signal that comes as it begins.
+                while not (failed := [one for one in made if one.done() and one.exception()]):
+                    if not wait(made, SIGNAL_SECONDS, FIRST_EXCEPTION).not_done:
+                        break
                 return [part for one in failed or made for part in one.result()]
             except BaseException:
                 self.workshop.stop()

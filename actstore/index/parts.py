@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
@@ -15,13 +14,13 @@ import duckdb
 import pyarrow as pa
 
 from actstore.errors import StoreBusy, explain
-from actstore.sealed import PARTIAL_SUFFIX, publish
+from actstore.sealed import PARTIAL_SUFFIX, publish, sha256_of_file
 
 from .catalog import Cover, Names, Part
 from .engine import attach, in_memory, translate_building
 from .schema import PART_TABLES, create_table
 
-__all__ = ["ROW_GROUP_ROWS", "PartWriter", "Workshop", "sha256_of"]
+__all__ = ["ROW_GROUP_ROWS", "PartWriter", "Workshop"]
 
 # Firings are read by ranges of features: with ten times DuckDB's default the bytes per firing and the cost of skipping
 # fall (one zone map per row group). All else is looked up by row, which the default finds sooner.
@@ -140,7 +139,9 @@ class Workshop:
         """Return the description of a part that was written, and remember it as made."""
         path = self.directory / writer.name
         n_rows = max(writer.rows.values(), default=0)
-        part = Part(kind, subject, path.name, path.stat().st_size, sha256_of(path), n_rows, tuple(covers), dict(facts))
+        part = Part(
+            kind, subject, path.name, path.stat().st_size, sha256_of_file(path), n_rows, tuple(covers), dict(facts)
+        )
         self.made.append(part)
         return part
 
@@ -150,12 +151,6 @@ class Workshop:
             if names is None or part.name in names:
                 (self.directory / part.name).unlink(missing_ok=True)
                 self.made.remove(part)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file of any size."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync_and_publish(partial: Path, path: Path) -> None:

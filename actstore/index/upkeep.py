@@ -1,17 +1,18 @@
-"""Upkeep of an index's files: proving every byte, and removing what nothing names."""
+"""Upkeep of an index's files: proving every byte, leaving out what is damaged, and removing what nothing names."""
 
 from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from actstore.errors import ActstoreError, CorruptStore, UnsupportedFormat
+from actstore.sealed import sha256_of_file
 
 from .catalog import CATALOG_NAME, CURRENT, Catalog, Lock, Part, read_catalog
-from .parts import sha256_of
 
-__all__ = ["find_orphans", "gc_index", "verify_index"]
+__all__ = ["find_orphans", "forget_damaged", "gc_index", "intact", "verify_index"]
 
 
 def verify_index(directory: Path) -> list[str]:
@@ -27,8 +28,28 @@ def verify_index(directory: Path) -> list[str]:
     if not catalog.number and _catalogs(directory):
         return [f"{CURRENT} is missing, but there are catalogs: run `actstore index`"]
     earlier = [path for path in _catalogs(directory) if _number(path) < catalog.number]
-    faults = [_catalog_fault(path) for path in earlier] + [_part_fault(directory, part) for part in catalog.parts]
+    faults = [_catalog_fault(path) for path in earlier] + [_part_fault(directory, part, True) for part in catalog.parts]
     return [fault for fault in faults if fault]
+
+
+def intact(directory: Path, catalog: Catalog, *, prove: bool) -> Catalog:
+    """Return the catalog with the parts whose files are there, as long as they were; with `prove`, byte for byte."""
+    return replace(catalog, parts=tuple(part for part in catalog.parts if not _part_fault(directory, part, prove)))
+
+
+def forget_damaged(directory: Path) -> None:
+    """Remove catalogs that cannot be read; with the current one the whole index goes, to be made from the arrays.
+
+    The caller holds `index.lock`, as for `build_index`.
+    """
+    try:
+        current = read_catalog(directory, remake=True)
+    except ActstoreError:
+        damaged = list(directory.iterdir())
+    else:
+        damaged = [path for path in _catalogs(directory) if path.name != current.name and _catalog_fault(path)]
+    for path in damaged:
+        _remove(path)
 
 
 def find_orphans(directory: Path, keep: int = 1) -> list[Path]:
@@ -77,13 +98,15 @@ def _catalog_fault(path: Path) -> str | None:
     return None
 
 
-def _part_fault(directory: Path, part: Part) -> str | None:
+def _part_fault(directory: Path, part: Part, prove: bool) -> str | None:
     path = directory / part.name
     if not path.is_file():
         return f"{part.name} is missing"
     if (found := path.stat().st_size) != part.n_bytes:
         return f"{part.name} has {found} bytes instead of {part.n_bytes}"
-    return None if sha256_of(path) == part.sha256 else f"{part.name} was changed (its SHA-256 differs)"
+    return (
+        None if not prove or sha256_of_file(path) == part.sha256 else f"{part.name} was changed (its SHA-256 differs)"
+    )
 
 
 def _catalogs(directory: Path) -> list[Path]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actstore.sealed import digest_of, sha256_hex
+from actstore.sealed import digest_of, sha256_hex, sha256_of_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,7 +16,7 @@ __all__ = ["digest_of_files", "digest_of_tensors"]
 
 def digest_of_files(files: Iterable[Path]) -> str:
     """Return the identity of weights on disk: SHA-256 of ["safetensors-files-1", sorted SHA-256 of each file]."""
-    return digest_of(["safetensors-files-1", sorted(map(_sha256_of, files))])
+    return digest_of(["safetensors-files-1", sorted(map(sha256_of_file, files))])
 
 
 def digest_of_tensors(model: PreTrainedModel) -> str:
@@ -37,8 +36,3 @@ def digest_of_tensors(model: PreTrainedModel) -> str:
         for name, tensor in sorted(model.state_dict().items())
     ]
     return digest_of(["tensors-1", tensors])
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -60,11 +60,6 @@ class ModelFacts:
         """Width of `k` and `v`."""
         return self.n_kv_heads * self.d_head
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights in the checkpoint's dtype."""
-        return self.n_parameters * ITEM_BYTES[self.checkpoint_dtype]
-
     def width(self, tap: Tap) -> int:
         """Return the width of the tensor that a tap finds; of a pattern, the number of heads."""
         return int(getattr(self, tap.width))

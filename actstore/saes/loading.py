@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from actstore.errors import InvalidInput, MissingInput, explain
+from actstore.hub import FetchedFile
 from actstore.recipe import SaeIdentity
 
 from .arguments import ResolvedSae
 from .coder import SparseCoder, infinite_faults, shape_faults, value_faults
 from .declaration import Arrays, Declaration
 from .faults import Unreadable, spelled
-from .hub import FetchedFile
 from .layers import LayerDecoders, layer_faults
 from .multi_layer import read_layer_name
 from .names import width_of_label

@@ -7,6 +7,7 @@ names, types, shapes, and that a header's size is the entry's size. Nothing in t
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,11 @@ _LARGEST_RATIO = 100
 _SMALL_BYTES = 1 << 26
 _MOST_AXES, _LARGEST_LENGTH = 8, 1 << 40
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, RuntimeError, NotImplementedError)
+# What numpy's reading of a header as a Python literal raises beside ValueError; none is of our own memory or stack.
+_UNREADABLE_HEADER = (
+    *(SyntaxError, tokenize.TokenError, TypeError, LookupError, AttributeError),
+    *(MemoryError, RecursionError, OverflowError),
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,10 @@ def _parse_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
     if version not in readers:
         raise ValueError(f"version {version} of the format is not read")
-    shape, _, dtype = readers[version](file)
+    try:
+        shape, _, dtype = readers[version](file)
+    except _UNREADABLE_HEADER as error:
+        raise ValueError(f"its header says nothing: {_short(error)}") from None
     if len(shape) > _MOST_AXES or not all(0 <= length <= _LARGEST_LENGTH for length in shape):
         raise ValueError("a shape that no array has")
     return shape, dtype

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actstore.errors import MissingInput, UnsupportedFormat, explain
+from actstore.hub import FetchedFile, fetch_file, is_cached, list_release
 
 from .formats import FORMATS, GEMMA_SCOPE, Format, format_of_file, recognise
-from .hub import FetchedFile, fetch_file, is_cached, list_release
 from .names import nearest_canonical, read_name
 from .patterns import by_numbers, matches
 

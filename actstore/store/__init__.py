@@ -11,16 +11,19 @@ from .location import Location
 from .reader import StoreReader
 
 if TYPE_CHECKING:
-    from .claims import exclusive, no_claims
+    from .claims import LOCK_SECONDS, at_work, exclusive, no_claims
     from .files import prove_and_write
-    from .journal import Journal, run_reports
+    from .journal import Journal, last_runs, read_runs
     from .passes import PassWriter
+    from .repair import GivenUp, give_up_damaged
     from .sweep import sweep_store
     from .verify import Verification, verify_store
     from .writer import StoreWriter
 
 __all__ = [
+    "LOCK_SECONDS",
     "FileProof",
+    "GivenUp",
     "Journal",
     "Layout",
     "Location",
@@ -30,16 +33,19 @@ __all__ = [
     "StoreReader",
     "StoreWriter",
     "Verification",
+    "at_work",
     "decode_bundle",
     "encode_bundle",
     "exclusive",
+    "give_up_damaged",
     "kit_file",
+    "last_runs",
     "no_claims",
     "open_bundle",
     "open_piece",
     "pack_texts",
     "prove_and_write",
-    "run_reports",
+    "read_runs",
     "sweep_store",
     "verify_store",
     "write_piece",
@@ -49,12 +55,17 @@ __all__ = [
 __getattr__ = on_demand(
     __name__,
     {
+        "LOCK_SECONDS": "claims",
+        "at_work": "claims",
         "exclusive": "claims",
         "no_claims": "claims",
         "prove_and_write": "files",
         "Journal": "journal",
-        "run_reports": "journal",
+        "last_runs": "journal",
+        "read_runs": "journal",
         "PassWriter": "passes",
+        "GivenUp": "repair",
+        "give_up_damaged": "repair",
         "sweep_store": "sweep",
         "Verification": "verify",
         "verify_store": "verify",

@@ -15,8 +15,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.abc.store import ByteRequest
 from zarr.codecs import BloscCodec
-from zarr.core.buffer import default_buffer_prototype
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import MemoryStore, ZipStore
 
 from actstore.errors import CorruptStore, explain
@@ -148,14 +149,28 @@ def _refuse_packed(archive: zipfile.ZipFile, n_bytes: int) -> None:
 def open_bundle_file(path: Path) -> zarr.Group:
     """Return the group in a local bundle, read chunk by chunk from the disk.
 
-    Raises CorruptStore where the file is not a bundle.
+    Raises CorruptStore where the file is not a bundle; so do its arrays where a chunk is not what was written.
     """
     try:
-        return zarr.open_group(ZipStore(path, mode="r", read_only=True), mode="r")
+        return zarr.open_group(_BundleFile(path, mode="r", read_only=True), mode="r")
     except (zipfile.BadZipFile, KeyError, ValueError, FileNotFoundError) as error:
         raise CorruptStore(
             explain(f"{path} cannot be read ({error})", next_step="run `actstore verify` on the store")
         ) from error
+
+
+class _BundleFile(ZipStore):
+    """A bundle on the disk, whose entries zip's own checksums prove as they are read."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        try:
+            return await super().get(key, prototype or default_buffer_prototype(), byte_range)
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise CorruptStore(
+                explain(f"{self.path} is damaged ({error})", next_step="run `actstore verify` on the store")
+            ) from error
 
 
 def decode_bundle(data: bytes, name: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Who works on what: claims on shards, and the lock of the store (docs/format.md §7).
 
 A claim is a file created exclusively. Its owner touches it while it works; a claim whose owner is dead is taken over.
-Whoever holds claims also shares the lock `claims.lock`; who must know that nobody writes takes it alone.
+Whoever works on a pass shares the lock `claims.lock`; who must know that nobody does takes it alone.
 """
 
 from __future__ import annotations
@@ -24,13 +24,24 @@ from actstore.sealed import PARTIAL_SUFFIX, canonical_json, translate_full_disk
 
 from .files import make_directory
 
-__all__ = ["CLAIMS", "CLAIMS_LOCK", "HEARTBEAT_SECONDS", "STALE_SECONDS", "Claim", "claim", "exclusive", "no_claims"]
+__all__ = [
+    "CLAIMS",
+    "CLAIMS_LOCK",
+    "HEARTBEAT_SECONDS",
+    "LOCK_SECONDS",
+    "STALE_SECONDS",
+    "Claim",
+    "at_work",
+    "claim",
+    "exclusive",
+    "no_claims",
+]
 
 CLAIMS, CLAIMS_LOCK = "claims", "claims.lock"
 
 HEARTBEAT_SECONDS = 5.0
-SWEEP_SECONDS = 600.0  # a sweep that keeps us from claiming proves every byte of the store
-STALE_SECONDS = 120.0  # on another host, where we cannot ask whether the process lives
+LOCK_SECONDS = 3600.0  # another process may be tokenising a large corpus, proving SAEs or every byte, or indexing
+STALE_SECONDS = 120.0  # on another host or in another container, where we cannot ask whether the process lives
 
 
 @contextmanager
@@ -46,7 +57,7 @@ def exclusive(root: Path, name: str = "lock", *, wait_seconds: float = 60.0) -> 
 @contextmanager
 def _flock(root: Path, name: str, kind: int, wait_seconds: float) -> Iterator[None]:
     with translate_full_disk(root / name):
-        file = (root / name).open("a")
+        file = (root / name).open("a+")  # NFS shares a lock only of what is open for reading
     with file:
         _wait_for(file.fileno(), kind, root, wait_seconds)
         yield
@@ -70,10 +81,20 @@ def _wait_for(descriptor: int, kind: int, root: Path, wait_seconds: float) -> No
 
 
 @contextmanager
-def no_claims(root: Path) -> Iterator[None]:
-    """Keep everybody from claiming; the claims that are there are of the dead, and go.
+def at_work(root: Path) -> Iterator[None]:
+    """Keep away who must know that nobody writes: enter it with the store's lock held, leave it with the pass sealed.
 
-    Raises StoreBusy while a living owner has a claim.
+    So nothing is dropped of what was read under that lock.
+    """
+    with _flock(root, CLAIMS_LOCK, fcntl.LOCK_SH, LOCK_SECONDS):
+        yield
+
+
+@contextmanager
+def no_claims(root: Path) -> Iterator[None]:
+    """Keep everybody from working and claiming; the claims that are there are of the dead, and go.
+
+    Raises StoreBusy while somebody is at work, or a living owner has a claim.
     """
     with _flock(root, CLAIMS_LOCK, fcntl.LOCK_EX, 0.0):
         for path in sorted((root / CLAIMS).glob("*/*.json")):
@@ -121,7 +142,7 @@ def claim(path: Path, root: Path) -> Claim | None:
     Raises NoSpace where the disk is full.
     """
     with ExitStack() as stack:
-        stack.enter_context(_flock(root, CLAIMS_LOCK, fcntl.LOCK_SH, SWEEP_SECONDS))
+        stack.enter_context(_flock(root, CLAIMS_LOCK, fcntl.LOCK_SH, LOCK_SECONDS))
         while True:
             # The directory goes when its pass is sealed, which may be while we look at it.
             with suppress(FileNotFoundError):
@@ -156,7 +177,15 @@ def _create(path: Path) -> bool:
 
 def _owner() -> dict[str, Any]:
     process = {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid())}
-    return {**process, "claim": uuid.uuid4().hex}
+    return {**process, "namespace": _namespace(), "claim": uuid.uuid4().hex}
+
+
+def _namespace() -> str | None:
+    """Return what numbers of processes are counted in, as containers may share a host's name; None if not known."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return None
 
 
 def _start_of(pid: int) -> str | None:
@@ -170,13 +199,14 @@ def _start_of(pid: int) -> str | None:
 
 
 def _is_dead(path: Path) -> bool:
-    """Return whether a claim's owner is gone: its process on this host, or its heartbeat elsewhere."""
+    """Return whether a claim's owner is gone: its process where we can ask for it, or its heartbeat elsewhere."""
     try:
         owner, age_seconds = json.loads(path.read_bytes()), time.time() - path.stat().st_mtime
     except FileNotFoundError:
         return True
     except ValueError:
         return True
-    if owner.get("host") != socket.gethostname() or not Path("/proc/self/stat").exists():
+    here = owner.get("host") == socket.gethostname() and owner.get("namespace") in (None, _namespace())
+    if not here or not Path("/proc/self/stat").exists():
         return age_seconds > STALE_SECONDS
     return bool(_start_of(int(owner["pid"])) != owner["started"])

@@ -82,7 +82,15 @@ def pack_texts(texts: list[str]) -> dict[str, tuple[npt.NDArray[Any], tuple[str,
 
 
 def unpack_texts(text: npt.NDArray[np.uint8], bounds: npt.NDArray[np.int64]) -> pa.Array:
-    """Return packed texts as an Arrow large_string array, without copying the text."""
-    starts = np.ascontiguousarray(bounds - bounds[0])
-    values = pa.py_buffer(np.ascontiguousarray(text))
-    return pa.LargeStringArray.from_buffers(len(bounds) - 1, pa.py_buffer(starts), values)
+    """Return packed texts as an Arrow large_string array, without copying the text.
+
+    Raises CorruptStore where the bounds are not those of texts: Arrow would read past the buffer's end.
+    """
+    starts = np.ascontiguousarray(bounds - bounds[:1], dtype=np.int64)
+    values = pa.py_buffer(np.ascontiguousarray(text, dtype=np.uint8))
+    try:
+        texts = pa.LargeStringArray.from_buffers(max(0, len(starts) - 1), pa.py_buffer(starts), values)
+        texts.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise CorruptStore(explain(f"Texts are not what was written ({error})", next_step="actstore verify")) from None
+    return texts

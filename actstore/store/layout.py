@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from actstore.blocks import FiringsSpec, MatrixSpec, Segment, artifact_of
 from actstore.errors import UnsupportedFormat, explain
-from actstore.recipe import Recipe
+from actstore.recipe import ModelIdentity, Recipe
+
+from .shapes import (
+    Artifact,
+    Count,
+    Digest,
+    MetadataPath,
+    Owner,
+    PassId,
+    PieceName,
+    StoredPath,
+    read_as,
+    read_fields,
+    refusing,
+)
 
 __all__ = ["CORPUS_PASS", "FORMAT", "VERSION", "FileProof", "Layout", "PassFile", "StoreFile"]
 
 FORMAT, VERSION = "actstore", 1
+MOST_SHARDS = 10_000_000  # as many as an index holds
 CORPUS_PASS = "corpus"  # tokenising is a pass too: its manifest proves the rows
 
 
@@ -23,23 +38,23 @@ class FileProof:
     Of a shard that is not compressed also the SHA-256 of its chunks' checksums.
     """
 
-    bytes: int
-    sha256: str
-    values_sha256: str | None = None
-    chunks_sha256: str | None = None
+    bytes: Count
+    sha256: Digest
+    values_sha256: Digest | None = None
+    chunks_sha256: Digest | None = None
 
 
 @dataclass(frozen=True)
 class StoreFile:
     """`store.json`: what never changes in a store."""
 
-    shard_rows: int
-    batch_tokens: int
-    context: int
-    stride: int
+    shard_rows: Annotated[int, range(1, 1 << 31)]
+    batch_tokens: Count
+    context: Count
+    stride: Count
     tokenizer: Mapping[str, Any]  # name, digest, bos_id, special_ids
     model: Mapping[str, Any]  # identity and facts of the model
-    vocabulary: str  # kit piece: display text of every token id
+    vocabulary: Digest  # kit piece: display text of every token id
     created: str
     versions: Mapping[str, str]
 
@@ -51,7 +66,8 @@ class StoreFile:
     def from_json(cls, body: Mapping[str, Any], name: str) -> Self:
         """Return what a `store.json` says.
 
-        Raises UnsupportedFormat where it is of another kind, or of a version newer than this release reads.
+        Raises UnsupportedFormat where it is of another kind, or of a version newer than this release reads;
+        CorruptStore where it says what none can say.
         """
         values = dict(body)
         kind, version = values.pop("format", None), values.pop("version", None)
@@ -63,7 +79,18 @@ class StoreFile:
                     next_step="install a newer actstore: pip install --upgrade actstore",
                 )
             )
-        return cls(**values)
+        with refusing(name):
+            found: Self = read_as(cls, values, "store")
+            read_fields(_TOKENIZER, found.tokenizer, "tokenizer")
+            read_fields(_MODEL, found.model, "model")
+            read_fields(_FACTS, found.model["facts"], "facts")
+        return found
+
+
+# What is read of them; more may be there.
+_TOKENIZER = {"name": str, "digest": str, "bos_id": int | None, "special_ids": tuple[int, ...]}
+_FACTS = {"n_layers": Count, "n_heads": Count, "d_model": Count, "vocabulary_size": Count}
+_MODEL = {"identity": ModelIdentity, "facts": Mapping[str, Any]}
 
 
 @dataclass(frozen=True)
@@ -71,10 +98,10 @@ class Layout:
     """`layout.json`: segments, passes, which pass owns each artifact, and the digest of every `zarr.json`."""
 
     segments: tuple[Segment, ...] = ()
-    passes: tuple[str, ...] = ()
-    artifacts: Mapping[str, str] = field(default_factory=dict)  # artifact → pass that made it
-    metadata: Mapping[str, str] = field(default_factory=dict)  # path of a zarr.json → sha256
-    sealed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # pass → segments that have manifests
+    passes: tuple[PassId, ...] = ()
+    artifacts: Mapping[Artifact, Owner] = field(default_factory=dict)  # artifact → pass that made it
+    metadata: Mapping[MetadataPath, Digest] = field(default_factory=dict)  # path of a zarr.json → sha256
+    sealed: Mapping[PassId, tuple[Count, ...]] = field(default_factory=dict)  # pass → segments that have manifests
 
     @property
     def n_shards(self) -> int:
@@ -118,15 +145,27 @@ class Layout:
         }
 
     @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> Self:
-        """Return what a `layout.json` says."""
-        return cls(
-            segments=tuple(Segment(**segment) for segment in body["segments"]),
-            passes=tuple(body["passes"]),
-            artifacts=body["artifacts"],
-            metadata=body["metadata"],
-            sealed={one: tuple(segments) for one, segments in body["sealed"].items()},
-        )
+    def from_json(cls, body: Mapping[str, Any], name: str = "layout.json") -> Self:
+        """Return what a `layout.json` says; raises CorruptStore where it says what none can say."""
+        with refusing(name):
+            found: Self = read_as(cls, body, "layout")
+            _refuse_gaps(found.segments)
+            if strangers := set(found.artifacts.values()) - {CORPUS_PASS, *found.passes}:
+                raise ValueError(f"an artifact is owned by {min(strangers)}, which is no pass of the store")
+        return found
+
+
+def _refuse_gaps(segments: tuple[Segment, ...]) -> None:
+    """Raise ValueError where a segment does not begin where the one before ends."""
+    begins = (0, 0, 0, 0)
+    for one in segments:
+        if (one.segment, one.first_doc, one.first_seq, one.first_shard) != begins:
+            raise ValueError(f"segment {one.segment} does not begin at segment, document, sequence, shard {begins}")
+        if min(sizes := (one.n_docs, one.n_seqs, one.n_shards, one.n_rows)) < 0:
+            raise ValueError(f"segment {one.segment} has {sizes} documents, sequences, shards, rows")
+        if one.first_shard + one.n_shards > MOST_SHARDS:
+            raise ValueError(f"segment {one.segment} has {one.n_shards} shards, where at most {MOST_SHARDS} are read")
+        begins = (one.segment + 1, begins[1] + one.n_docs, begins[2] + one.n_seqs, begins[3] + one.n_shards)
 
 
 @dataclass(frozen=True)
@@ -136,8 +175,8 @@ class PassFile:
     recipe: Mapping[str, Any]
     matrices: tuple[MatrixSpec, ...]
     firings: tuple[FiringsSpec, ...]
-    kit: Mapping[str, str] = field(default_factory=dict)  # name of a piece → its digest
-    files: Mapping[str, FileProof] = field(default_factory=dict)  # made once, not per shard
+    kit: Mapping[PieceName, Digest] = field(default_factory=dict)  # name of a piece → its digest
+    files: Mapping[StoredPath, FileProof] = field(default_factory=dict)  # made once, not per shard
     health: tuple[Mapping[str, Any], ...] = ()
 
     @property
@@ -158,18 +197,18 @@ class PassFile:
         return {**body, "firings": [asdict(spec) for spec in self.firings], "health": list(self.health)}
 
     @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> Self:
-        """Return what a `pass.json` says."""
-        return cls(
-            recipe=body["recipe"],
-            matrices=tuple(MatrixSpec(**{**spec, "columns": tuple(spec["columns"])}) for spec in body["matrices"]),
-            firings=tuple(FiringsSpec(**spec) for spec in body["firings"]),
-            kit=body["kit"],
-            files={path: FileProof(**proof) for path, proof in body["files"].items()},
-            health=tuple(body["health"]),
-        )
+    def from_json(cls, body: Mapping[str, Any], name: str = "pass.json") -> Self:
+        """Return what a `pass.json` says; raises CorruptStore where it says what none can say."""
+        with refusing(name):
+            found: Self = read_as(cls, body, "pass")
+            read_as(tuple[Artifact, ...], list(found.artifacts), "artifacts")
+            read_as(Recipe, found.recipe, "recipe")
+            for check in found.health:
+                read_fields(_CHECK, check, "health")
+        return found
 
 
+_CHECK = {"name": str, "subject": str, "value": float | None, "expected": str, "ok": bool | None}
 _LATER = {"n_heads": None, "compressed": True}  # fields added to format 1, with what was the case before
 
 

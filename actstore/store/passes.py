@@ -19,7 +19,7 @@ from actstore.errors import CorruptStore, explain
 from actstore.sealed import fsync_directory, read_sealed, write_sealed
 
 from .arrays import encode_shard
-from .claims import CLAIMS, Claim, claim
+from .claims import CLAIMS, LOCK_SECONDS, Claim, claim, exclusive
 from .csr import encode_firings, firings_values
 from .files import (
     firings_file,
@@ -119,7 +119,7 @@ class PassWriter:
 
     def seal(self) -> bool:
         """Seal every segment whose shards all have receipts; return whether the whole pass is complete."""
-        with self.writer.locked():
+        with exclusive(self.root, wait_seconds=LOCK_SECONDS):
             # Others may have added a segment or a pass since this process read the layout.
             current = StoreWriter.open(self.root)
             sealed = [segment for segment in current.layout.segments if self._seal(segment)]

@@ -31,15 +31,14 @@ class Kit:
     def digest(self, name: str, artifact: str | None = None) -> str:
         """Return the digest of a piece, such as `unembedding`: that of the pass that made an artifact, else of another.
 
-        Another pass computed in another dtype perhaps, but with the same model. Raises UnknownName where the artifact
+        Another pass computed in another dtype perhaps, but with the same model. An SAE's weights are those of the pass
+        that has its firings, and of no other: the id may have been another SAE's. Raises UnknownName where the artifact
         is not stored, MissingInput where no pass has such a piece.
         """
         if artifact is not None and artifact not in self._layout.artifacts:
             raise unknown_name("artifact", artifact, sorted(self._layout.artifacts))
-        owner = [self._passes[self._layout.artifacts[artifact]]] if artifact else []
-        for made in (*owner, *self._passes.values()):
-            if name in made.kit:
-                return made.kit[name]
+        if having := self._having(name, artifact):
+            return having[0].kit[name]
         made_by = f"the command (`actstore extract` or `encode`) that made {artifact or 'the store'}"
         raise MissingInput(
             explain(
@@ -50,8 +49,15 @@ class Kit:
         )
 
     def has(self, name: str) -> bool:
-        """Return whether any pass has a piece of this name."""
-        return any(name in made.kit for made in self._passes.values())
+        """Return whether there is a piece of this name."""
+        return any(self._having(name, None))
+
+    def _having(self, name: str, artifact: str | None) -> list[PassFile]:
+        """Return the passes whose piece of this name may be read: that of the artifact first."""
+        kind, _, sae = name.partition("/")
+        owner = self._layout.artifacts.get(f"firings/{sae}" if kind == "sae" else artifact or "", "")
+        others = () if kind == "sae" else self._passes
+        return [self._passes[one] for one in (owner, *others) if one in self._passes and name in self._passes[one].kit]
 
     def piece(self, digest: str) -> zarr.Group:
         """Return the piece with this digest: its arrays and attributes; opened once."""

@@ -19,14 +19,14 @@ from actstore.sealed import digest_of
 from .csr import decode_firings
 from .documents import SegmentReader
 from .feature_files import Logits, read_feature_logits, read_labels
-from .files import ARRAYS, LAYOUT_FILE, STORE_FILE, firings_file, manifest_file, metadata_file, pass_file
+from .files import ARRAYS, STORE_FILE, firings_file, metadata_file, pass_file
 from .gathering import ChunkCache
 from .kit import open_piece, unpack_texts
-from .layout import CORPUS_PASS, Layout, PassFile, StoreFile
+from .layout import CORPUS_PASS, PassFile, StoreFile
 from .location import Location
 from .pieces import Kit
 from .proved import Files, damaged, decoded, read_file, read_rows
-from .receipts import load_receipts
+from .receipts import load_corpus, load_layout, load_receipts
 from .tables import sae_rows, site_rows, small_tables
 
 __all__ = ["StoreReader"]
@@ -57,7 +57,7 @@ class StoreReader:
                 )
             ) from error
         self.store = StoreFile.from_json(body, f"{store}/{STORE_FILE}")
-        self.layout = self._layout()
+        self.layout = load_layout(self.location)
         self.shard_rows = self.store.shard_rows
         # Caches belong to one reader and go with it.
         self.tokens = lru_cache(TOKEN_SHARDS_CACHED)(self._tokens)
@@ -69,18 +69,12 @@ class StoreReader:
         # Of their own: activation vectors would push out what every snippet needs.
         self._token_chunks, self._text_chunks = ChunkCache(TOKEN_BYTES), ChunkCache(TEXT_BYTES)
 
-    def _layout(self) -> Layout:
-        try:
-            return Layout.from_json(self.location.read_sealed(LAYOUT_FILE))
-        except FileNotFoundError:
-            return Layout()  # tokenising has not ended yet
-
     # What is there
 
     @cached_property
     def passes(self) -> dict[str, PassFile]:
         """Every pass by its id."""
-        return {one: PassFile.from_json(self._sealed(pass_file(one))) for one in self.layout.passes}
+        return {one: PassFile.from_json(self._sealed(pass_file(one)), pass_file(one)) for one in self.layout.passes}
 
     def _sealed(self, name: str) -> dict[str, Any]:
         """Return a sealed file that must be there."""
@@ -97,7 +91,7 @@ class StoreReader:
     @cached_property
     def corpus_manifests(self) -> list[dict[str, Any]]:
         """The sealed manifest of every segment."""
-        return [self._sealed(manifest_file(CORPUS_PASS, one.segment)) for one in self.layout.segments]
+        return load_corpus(self.location, self.layout, self.shard_rows)
 
     @cached_property
     def rows_used(self) -> npt.NDArray[np.int64]:

@@ -6,12 +6,11 @@ unseen. Where the cache is on another file system, or cannot be written, nothing
 
 from __future__ import annotations
 
-import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
 
-from actstore.sealed import partial_path, publish
+from actstore.sealed import partial_path, publish, sha256_of_file
 from actstore.settings import cache_directory
 
 __all__ = ["forget_unused", "publish_shared"]
@@ -21,7 +20,7 @@ def publish_shared(partial: Path, path: Path, digest: str) -> None:
     """Give a finished, fsynced piece its name; where another store has it already, as a link to that one's bytes."""
     cached = _folder() / path.name
     with suppress(OSError):
-        if cached.exists() and _digest(cached) == digest:
+        if cached.exists() and sha256_of_file(cached) == digest:
             _link_over(cached, partial)
     publish(partial, path)
     with suppress(OSError):
@@ -49,8 +48,3 @@ def _link_over(source: Path, target: Path) -> None:
     linked = partial_path(target)
     os.link(source, linked)
     linked.replace(target)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

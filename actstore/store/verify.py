@@ -5,26 +5,42 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from actstore.blocks import artifact_of
+from actstore.blocks import Segment, artifact_of
 from actstore.errors import ActstoreError
 from actstore.sealed import PARTIAL_SUFFIX, sha256_hex, unseal
 
 from .arrays import lengthened
 from .claims import CLAIMS_LOCK
 from .csr import decode_firings
-from .files import ARRAYS, LAYOUT_FILE, STORE_FILE, is_row_keyed, manifest_file, metadata_file, pass_file, values_digest
+from .feature_files import LABELS_FILE, labels_of
+from .files import (
+    ARRAYS,
+    LAYOUT_FILE,
+    STORE_FILE,
+    is_row_keyed,
+    manifest_file,
+    metadata_file,
+    pass_file,
+    receipt_file,
+    values_digest,
+)
 from .kit import kit_file
 from .layout import CORPUS_PASS, FileProof, Layout, PassFile, StoreFile
 from .location import Location
+from .receipts import RECEIPT_NAME, Receipt, corpus_manifest, pass_manifest, proofs_of, receipt_of
+from .shapes import read_as
 
 __all__ = ["Verification", "verify_store"]
 
 OURS = (ARRAYS, "firings", "kit", "passes", "journal")  # claims come and go, the index proves itself, notes are theirs
 LOCKS = {"lock", "index.lock", CLAIMS_LOCK}  # empty
+# What zarr raises where a sealed `zarr.json` says what no array is.
+UNDECODABLE = (ActstoreError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError)
+MOST_ROWS = 1 << 31  # of a shard, where store.json cannot say
 Progress = Callable[[int, int], None]
 
 
@@ -52,14 +68,16 @@ class _Verifier:
         self.root, self.location, self.progress = root, Location.of(root), progress
         self.found = Verification()
         self.seen: set[str] = set()
+        self.shard_rows = MOST_ROWS
         self.unproved: set[str] = set()  # metadata of arrays that is damaged
         self._array = cache(self.location.zarr_array)
         self.kit: set[str] = set()  # digests of the pieces that must be there
 
     def run(self) -> Verification:
-        store = self._sealed(STORE_FILE, lambda body: StoreFile.from_json(body, STORE_FILE))
+        store: StoreFile | None = self._sealed(STORE_FILE, lambda body: StoreFile.from_json(body, STORE_FILE))
         layout = self._layout()
         if store:
+            self.shard_rows = store.shard_rows
             self.kit.add(store.vocabulary)
             self._metadata(layout, store.shard_rows)
         expected = dict(self._expected(layout))
@@ -69,8 +87,8 @@ class _Verifier:
                 self.progress(number + 1, len(expected))
         self._content_addressed()
         self._journal()
-        if (self.root / "labels.json").exists():
-            self._sealed("labels.json", dict)
+        if (self.root / LABELS_FILE).exists():
+            self._sealed(LABELS_FILE, lambda body: labels_of(body, LABELS_FILE))
         self.seen |= LOCKS
         self._find_orphans()
         return self.found
@@ -94,8 +112,9 @@ class _Verifier:
         """Return the number of shards of a segment that has its manifest and no place in the layout; 0 for none."""
         try:
             data = (self.root / manifest_file(CORPUS_PASS, len(layout.segments))).read_bytes()
-            return int(unseal(data, "")["segment"]["n_shards"])
-        except (OSError, ActstoreError, LookupError):
+            segment: Segment = read_as(Segment, unseal(data, "").get("segment"), "segment")
+            return segment.n_shards
+        except (OSError, ActstoreError, TypeError, ValueError):
             return 0
 
     def _is_longer(self, path: str, digest: str, layout: Layout, shard_rows: int, n_shards: int) -> bool:
@@ -103,56 +122,67 @@ class _Verifier:
             data = (self.root / path).read_bytes()
             proved = sha256_hex(lengthened(data, layout.n_shards * shard_rows)) == digest
             return proved and data == lengthened(data, (layout.n_shards + n_shards) * shard_rows)
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return False
 
     def _expected(self, layout: Layout) -> Iterator[tuple[str, FileProof]]:
         """Yield every proved file: its path and its proof."""
         for segment in layout.segments:
-            manifest = self._sealed(manifest_file(CORPUS_PASS, segment.segment), dict) or {"files": {}}
-            yield from ((path, FileProof(**proof)) for path, proof in manifest["files"].items())
+            yield from self._of_corpus(segment).items()
         for pass_id in layout.passes:
             made = self._sealed(pass_file(pass_id), PassFile.from_json)
             self.kit |= layout.kit_of(pass_id, made) if made else set()
-            files = [(path, proof) for path, proof in made.files.items()] if made else []
+            files = list(made.files.items()) if made else []
             for receipt in self._receipts(pass_id, layout):
-                files += [(path, FileProof(**proof)) for path, proof in receipt["files"].items()]
+                files += proofs_of(receipt, "").items()
             for path, proof in files:
                 artifact = artifact_of(path.removeprefix(f"{ARRAYS}/"))
                 if layout.artifacts.get(artifact) == pass_id:  # else it was dropped
                     yield path, proof
 
-    def _receipts(self, pass_id: str, layout: Layout) -> list[dict[str, Any]]:
-        receipts: list[dict[str, Any]] = []
-        home = f"passes/{pass_id}/receipts"
+    def _of_corpus(self, segment: Segment) -> dict[str, FileProof]:
+        name = manifest_file(CORPUS_PASS, segment.segment)
+        manifest = self._sealed(name, lambda body: corpus_manifest(body, name, segment, self.shard_rows))
+        return proofs_of(manifest, name) if manifest else {}
+
+    def _receipts(self, pass_id: str, layout: Layout) -> list[Receipt]:
         # Loose receipts first: one that is sealed and removed meanwhile is then found in the manifest.
-        for name in self.location.names(home):
-            if not name.endswith(PARTIAL_SUFFIX) and (receipt := self._sealed(f"{home}/{name}", dict)):
-                if f"{receipt['shard']}.json" != name or receipt["pass"] != pass_id:
-                    self.found.faults.append(f"{home}/{name} is the receipt of another shard or pass")
-                receipts.append(receipt)
+        home = f"passes/{pass_id}/receipts"
+        shards = [int(match[1]) for match in map(RECEIPT_NAME.fullmatch, self.location.names(home)) if match]
+        receipts = [self._loose(pass_id, layout, shard) for shard in shards]
         for segment in layout.segments:
             name = manifest_file(pass_id, segment.segment)
             if (self.root / name).exists() or segment.segment in layout.sealed.get(pass_id, ()):
-                receipts += (self._sealed(name, dict) or {"receipts": {}})["receipts"].values()
-        return receipts
+                parse = partial(pass_manifest, name=name, pass_id=pass_id, segment=segment)
+                receipts += (self._sealed(name, parse) or {}).values()
+        return [receipt for receipt in receipts if receipt]
 
-    def _sealed(self, name: str, parse: Callable[[dict[str, Any]], Any]) -> Any:
-        """Return a sealed file, parsed, or None after noting its fault."""
-        data = self._read(name)
+    def _loose(self, pass_id: str, layout: Layout, shard: int) -> Receipt | None:
+        """Return a shard's own receipt; None after noting its fault, or where it was sealed since it was listed."""
+        name, segments = receipt_file(pass_id, shard), layout.segments
+        segment = next((one.segment for one in segments if shard < one.first_shard + one.n_shards), len(segments))
+        parse = partial(receipt_of, name=name, pass_id=pass_id, shard=shard)
+        found: Receipt | None = self._sealed(name, parse, sealed_in=manifest_file(pass_id, segment))
+        return found
+
+    def _sealed(self, name: str, parse: Callable[[dict[str, Any]], Any], sealed_in: str | None = None) -> Any:
+        """Return a sealed file, parsed, or None after noting its fault; where it is sealed in another there is none."""
+        data = self._read(name, sealed_in)
         if data is None:
             return None
         try:
             return parse(unseal(data, name))
-        except (ActstoreError, TypeError, KeyError) as error:
+        except ActstoreError as error:
             self.found.faults.append(f"{name} is not what was written ({error})")
             return None
 
-    def _read(self, name: str) -> bytes | None:
+    def _read(self, name: str, sealed_in: str | None = None) -> bytes | None:
         self.seen.add(name)
         try:
             data = (self.root / name).read_bytes()
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and sealed_in and (self.root / sealed_in).exists():
+                return None
             self.found.faults.append(f"{name} cannot be read: {error.strerror}")
             return None
         self.found.n_files += 1
@@ -180,7 +210,7 @@ class _Verifier:
             return  # its bytes are proved; how to decode them is what was damaged
         try:
             values = _firings(data, name) if name.startswith("firings/") else [self._matrix(name)]
-        except (ActstoreError, ValueError, RuntimeError, KeyError) as error:
+        except UNDECODABLE as error:
             self.found.faults.append(f"{name} cannot be decoded: {error}")
             return
         if values_digest(values) != proof.values_sha256:
@@ -190,7 +220,8 @@ class _Verifier:
         """Return what one shard's file decodes to, filler included, cut at the array's end."""
         path, _, file = name.removeprefix(f"{ARRAYS}/").rpartition("/")
         array = self._array(f"{ARRAYS}/{path}")
-        assert array.shards is not None
+        if array.shards is None:
+            raise ValueError("its array has no shards")
         first = int(file.split(".")[1]) * array.shards[0]
         return array[first : first + array.shards[0]]
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy.typing as npt
 
-from actstore.blocks import Segment, scales_path
+from actstore.blocks import Segment
 from actstore.errors import CorruptStore, InvalidInput, MissingInput, explain
 from actstore.sealed import read_sealed, sha256_hex, write_durably, write_sealed
 
 from .arrays import array_metadata, encode_shard, group_metadata, lengthened
-from .claims import exclusive
+from .claims import CLAIMS_LOCK
+from .dropping import forget_labels, freed_pieces, given_labels, without
 from .files import (
-    ARRAYS,
     LAYOUT_FILE,
     STORE_FILE,
     is_row_keyed,
@@ -32,7 +32,10 @@ from .files import (
 )
 from .growing import GrowingArray
 from .layout import CORPUS_PASS, FileProof, Layout, PassFile, StoreFile
+from .location import Location
+from .receipts import load_layout, lost
 from .segments import SEGMENT_ARRAYS, TOKENS, CorpusPart, append_part
+from .sharing import forget_unused
 
 __all__ = ["StoreWriter"]
 
@@ -61,8 +64,7 @@ class StoreWriter:
                 )
             )
         store = StoreFile.from_json(read_sealed(root / STORE_FILE), str(root / STORE_FILE))
-        layout = Layout.from_json(read_sealed(root / LAYOUT_FILE)) if (root / LAYOUT_FILE).exists() else Layout()
-        return cls(root, store, layout)
+        return cls(root, store, load_layout(Location.of(root)))
 
     @classmethod
     def create(cls, root: Path, store: StoreFile) -> StoreWriter:
@@ -79,11 +81,10 @@ class StoreWriter:
         if root.exists() and not root.is_dir():
             raise InvalidInput(explain(f"{root} is a file", accepted="a directory that is new, empty or a store"))
         root.mkdir(parents=True, exist_ok=True)
-        if (root / STORE_FILE).exists():
+        begun = {"lock", CLAIMS_LOCK, "kit"}
+        others = [path.name for path in root.iterdir() if path.name not in begun and path.suffix != ".partial"]
+        if (root / STORE_FILE).exists():  # asked last: another process may be making it meanwhile
             return True
-        others = [
-            path.name for path in root.iterdir() if path.name not in ("lock", "kit") and path.suffix != ".partial"
-        ]
         if others:
             raise InvalidInput(
                 explain(
@@ -156,6 +157,8 @@ class StoreWriter:
         """Declare a pass: its file, the metadata of its arrays, its place in the layout; call with the lock held."""
         # What a drop that died has left of the same recipe's pass would be taken for receipts of this one.
         shutil.rmtree(self.root / "passes" / pass_id, ignore_errors=True)
+        if made.firings:  # and its labels for those of other SAEs that have the ids now
+            forget_labels(self.root, given_labels(self.root), [spec.sae for spec in made.firings])
         make_directory((self.root / pass_file(pass_id)).parent)
         write_sealed(self.root / pass_file(pass_id), made.to_json())
         arrays = {spec.path: array_metadata(spec, 0, self.store.shard_rows) for spec in made.matrices}
@@ -164,30 +167,26 @@ class StoreWriter:
 
     def add_to_kit(self, pass_id: str, pieces: Mapping[str, str]) -> None:
         """Name further kit pieces (name → digest) in a pass that was begun without them; call with the lock held."""
-        made = PassFile.from_json(read_sealed(self.root / pass_file(pass_id)))
+        made = PassFile.from_json(read_sealed(self.root / pass_file(pass_id)), pass_file(pass_id))
         write_sealed(self.root / pass_file(pass_id), replace(made, kit={**made.kit, **pieces}).to_json())
 
-    def drop(self, artifact: str) -> None:
-        """Take an artifact out of the layout, then remove its files; call with the lock held."""
-        artifacts = {name: owner for name, owner in self.layout.artifacts.items() if name != artifact}
-        # A pass of which nothing is left goes too: else the same recipe would be taken for done.
-        passes = tuple(one for one in self.layout.passes if one in artifacts.values())
-        homes = [f"{ARRAYS}/{artifact}", artifact]
-        if artifact.startswith("firings/"):
-            homes = [artifact, f"{ARRAYS}/reconstruction/{artifact.removeprefix('firings/')}"]
-        if artifact.startswith("sites/"):
-            homes += [f"{ARRAYS}/{scales_path(artifact)}"]
-        homes += [f"passes/{one}" for one in self.layout.passes if one not in passes]
-        metadata = {
-            path: digest
-            for path, digest in self.layout.metadata.items()
-            if not any(path.startswith(f"{home}/") for home in homes)
-        }
-        sealed = {one: segments for one, segments in self.layout.sealed.items() if one in passes}
-        layout = replace(self.layout, passes=passes, artifacts=artifacts, metadata=metadata, sealed=sealed)
+    def drop(self, artifact: str) -> int:
+        """Take an artifact out of the layout, then remove its files, and the labels and kit pieces that only it had.
+
+        Return how many labels. Call it with the lock held and nobody at work (`no_claims`). Raises CorruptStore where
+        the labels or an array's metadata are damaged: nothing is removed then.
+        """
+        layout, homes = without(self.layout, artifact)
+        pieces = freed_pieces(self.root, self.store.vocabulary, self.layout, layout)
+        kind, _, sae = artifact.partition("/")
+        labels = given_labels(self.root) if kind == "firings" else {}
         self._publish(layout, {})
         for home in filter(Path.is_dir, map(self.root.joinpath, homes)):
             shutil.rmtree(home)
+        for piece in pieces:
+            (self.root / piece).unlink(missing_ok=True)
+        forget_unused()
+        return forget_labels(self.root, labels, [sae])
 
     def mark_sealed(self, pass_id: str, segments: Iterable[int]) -> None:
         """Record that these segments of a pass have manifests, so that a lost one is missed; needs the lock."""
@@ -200,8 +199,13 @@ class StoreWriter:
     def repair_metadata(self) -> None:
         """Bring every array to the length that the layout says: a run may have died while it added a segment.
 
-        Call it with the lock held; raises CorruptStore where an array's metadata is damaged.
+        Call it with the lock held; raises CorruptStore where an array's metadata is damaged, or where a manifest is
+        lost: a pass must not make again what it has.
         """
+        sealed = ((one, segment) for one in self.layout.passes for segment in self.layout.sealed.get(one, ()))
+        for manifest in (manifest_file(*one) for one in sealed):
+            if not (self.root / manifest).exists():
+                raise lost(manifest)
         for path, digest in self.layout.metadata.items():
             if is_row_keyed(path):
                 self._rewrite(path, self._metadata(path, digest))
@@ -212,7 +216,7 @@ class StoreWriter:
             data = (self.root / path).read_bytes()
             if sha256_hex(data) != digest:
                 data = lengthened(data, self._n_rows)
-        except (FileNotFoundError, ValueError, LookupError, TypeError):
+        except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
             data = b""
         if sha256_hex(data) != digest:
             raise CorruptStore(
@@ -253,7 +257,3 @@ class StoreWriter:
             metadata[path] = sha256_hex(data)
         self.layout = replace(layout, metadata=metadata)
         write_sealed(self.root / LAYOUT_FILE, self.layout.to_json())
-
-    def locked(self, *, wait_seconds: float = 600.0) -> Any:
-        """Return the context manager of the store's lock."""
-        return exclusive(self.root, wait_seconds=wait_seconds)
