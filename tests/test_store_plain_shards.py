@@ -14,11 +14,12 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from store_support import copy_of_finished, same_bits
+from store_support import copy_of_finished, finished, same_bits
 from tiny_world import SHARD_ROWS
 
 from actstore.blocks import MatrixSpec
 from actstore.errors import CorruptStore
+from actstore.sealed import read_sealed
 from actstore.store import PassFile, StoreReader
 from actstore.store.arrays import array_metadata, encode_shard, memory_array, shard_file
 from actstore.store.plain_shards import PlainShard, is_plain, join_chunks, read_plain
@@ -171,10 +172,13 @@ def test_a_changed_bit_of_a_site_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_pass_that_was_begun_with_compression_goes_on_so() -> None:
     """Its arrays say how they are read: a release that would choose otherwise now must not write otherwise there."""
     older = {"path": SITE, "n_columns": 4, "dtype": "float32", "column_axis": "width", "columns": []}
-    body = {"recipe": {}, "matrices": [{**older, "per_column_chunks": False}], "firings": [], "kit": {}, "files": {}}
+    recipe = read_sealed(next(finished().glob("passes/*/pass.json")))["recipe"]
+    matrices = [{**older, "per_column_chunks": False}]
 
-    made = PassFile.from_json({**body, "health": []})
+    made = PassFile.from_json(
+        {"recipe": recipe, "matrices": matrices, "firings": [], "kit": {}, "files": {}, "health": []}
+    )
 
-    assert made.matrices[0].compressed and made.to_json()["matrices"] == body["matrices"]
-    now = PassFile({}, (plain("float32", 4),), ())
+    assert made.matrices[0].compressed and made.to_json()["matrices"] == matrices
+    now = PassFile(recipe, (plain("float32", 4),), ())
     assert PassFile.from_json(json.loads(json.dumps(now.to_json()))) == now
