@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
-__all__ = ["by_name", "in_order", "in_one", "lists_of", "ragged"]
+__all__ = ["by_name", "in_order", "in_one", "lists_of", "places_by_name", "ragged"]
 
 
 def by_name(names: pa.Array, numbers: pa.Array, kind: pa.DataType, gather: Callable[..., pa.Array]) -> pa.Array:
     """Call `gather(name, numbers)` once for each distinct name, and put the answers back in order."""
-    distinct = pc.unique(names).to_pylist()
-    asked = np.asarray(numbers, dtype=np.int64)
-    if len(distinct) == 1:
-        return gather(distinct[0], asked)
-    places = [np.flatnonzero(np.asarray(pc.equal(names, name))) for name in distinct]
-    parts = [gather(name, asked[here]) for name, here in zip(distinct, places, strict=True)]
-    return in_order(parts, places, kind)
+    asked, places = np.asarray(numbers, dtype=np.int64), places_by_name(names)
+    if len(places) == 1:
+        return gather(*places, asked)
+    parts = [gather(name, asked[here]) for name, here in places.items()]
+    return in_order(parts, list(places.values()), kind)
+
+
+def places_by_name(names: pa.Array) -> dict[Any, npt.NDArray[np.intp]]:
+    """Return the places of each distinct name, in the order of their first; there is no NULL among them."""
+    encoded = in_one(names).dictionary_encode()
+    numbers = np.asarray(encoded.indices)
+    return {name: np.flatnonzero(numbers == number) for number, name in enumerate(encoded.dictionary.to_pylist())}
 
 
 def in_order(parts: Sequence[pa.Array], places: Sequence[npt.NDArray[np.intp]], kind: pa.DataType) -> pa.Array:

@@ -8,14 +8,13 @@ from functools import cached_property, partial
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from actstore.errors import InvalidInput, UnknownName, explain, unknown_name
 from actstore.index import SqlFunction
 from actstore.store import StoreReader
 
 from .attribution import Prism
-from .columns import by_name, in_one, in_order, lists_of, ragged
+from .columns import by_name, in_one, in_order, lists_of, places_by_name, ragged
 from .directions import Directions
 from .plain_arrow import integer_array, integers_of, text_array
 from .shares import ATTRIBUTION_TYPE
@@ -109,8 +108,7 @@ class Functions:
         `against`: the other token's id, -1 for the mean of the vocabulary, NULL for none; `sae`: the SAE whose features
         are told apart, or NULL. Needs the last resid_post; tells apart what is stored.
         """
-        asked = pc.and_(rows.is_valid(), token_ids.is_valid())
-        places = np.flatnonzero(np.asarray(asked))
+        places = np.flatnonzero(np.asarray(rows.is_valid()) & np.asarray(token_ids.is_valid()))
         columns = [column.take(pa.array(places)) for column in (rows, token_ids, against)]
         names = saes.take(pa.array(places)).fill_null("")
 
@@ -154,7 +152,7 @@ class Functions:
 
         Raises UnknownName where no token, or more than one, is shown so.
         """
-        chosen = {text: self._token_id(text) for text in pc.unique(texts).to_pylist()}
+        chosen = {text: self._token_id(text) for text in texts.unique().to_pylist()}
         return pa.array([chosen[text] for text in texts.to_pylist()], pa.int32())
 
     def vectors(self, site: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -190,8 +188,7 @@ class Functions:
         """Return the k likeliest tokens; rows of all sites with one unembedding go through the vocabulary together."""
         numbers = np.asarray(rows, dtype=np.int64)
         together: dict[Unembed, list[tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]]] = {}
-        for site in pc.unique(sites).to_pylist():
-            here = np.flatnonzero(np.asarray(pc.equal(sites, site)))
+        for site, here in places_by_name(sites).items():
             vectors = self._residuals(site, numbers[here])
             together.setdefault(self.unembed(f"sites/{site}"), []).append((here, vectors))
         parts, places = [], []
