@@ -75,13 +75,15 @@ def questions(store: actstore.api.Store, shape: Shape) -> list[Question]:
         Question("statistics of all features", 50, 10, lambda _: store.sql(statistics, [sae]), features[:1]),
         Question(
             "features on a row",
-            *((5, 1) if is_usual else (None, None)),
+            5 if is_usual else None,
+            1 if is_usual else None,
             lambda row: store.query("token_features", {"sae": sae, "row": row}),
             rows,
         ),
         Question(
             "features of a document",
-            *((10, 3) if is_usual else (None, None)),
+            10 if is_usual else None,
+            3 if is_usual else None,
             lambda doc: store.query("document_features", {"sae": sae, "doc": doc}),
             docs,
         ),
