@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from .extraction import Outcome
 
 __all__ = [
+    "clear_old_parts",
     "collect_garbage",
     "drop",
     "encode_and_index",
     "extract_and_index",
     "index",
     "label",
+    "local",
     "save_lens_and_index",
     "verify",
 ]
@@ -141,11 +143,11 @@ def verify(store: Path, report: Report = silent) -> Verification:
 def collect_garbage(store: Path) -> list[str]:
     """Remove what nothing names: unfinished files, dead claims, parts of old catalogs; return their names."""
     root = local(store)
-    return sweep_store(root) + _removed_of_index(root)
+    return sweep_store(root) + clear_old_parts(root)
 
 
-def _removed_of_index(root: Path) -> list[str]:
-    """Remove the parts of old catalogs; return their names."""
+def clear_old_parts(root: Path) -> list[str]:
+    """Remove what the current catalog of a store's index does not name; return the names."""
     if not (root / "index").is_dir():
         return []
     with exclusive(root, "index.lock"):  # a build that has not published yet owns parts that nothing names
@@ -175,7 +177,7 @@ def _index_without(root: Path, name: str, report: Report) -> None:
     """Index what is left and free the space of what was indexed; an error says what has happened and what has not."""
     try:
         index(root, report, wait_seconds=LOCK_SECONDS)
-        _removed_of_index(root)
+        clear_old_parts(root)
     except ActstoreError as error:
         at = shlex.quote(str(root))
         what = f"{name} is gone, but the index is as it was or keeps old parts ({error})"

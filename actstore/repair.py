@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .errors import CorruptStore
-from .index import forget_damaged, gc_index
-from .maintenance import index, local, verify
+from .index import forget_damaged
+from .maintenance import clear_old_parts, index, local, verify
 from .progress import Report, silent
 from .store import GivenUp, Journal, Verification, exclusive, give_up_damaged, no_claims
 
@@ -41,6 +41,5 @@ def repair(store: Path, report: Report = silent) -> Repair:
             forget_damaged(directory)
         with suppress(CorruptStore):
             index(root, report, prove=True)
-        with exclusive(root, "index.lock"):
-            gc_index(directory, lock=exclusive(root))
+        clear_old_parts(root)
     return Repair(given_up, verify(root, report))

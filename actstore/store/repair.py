@@ -105,7 +105,7 @@ def _unseal(writer: StoreWriter, pass_id: str, segment: Segment, kept: Receipts)
     for shard, receipt in kept.items():
         file = writer.root / receipt_file(pass_id, shard)
         make_directory(file.parent)
-        write_sealed(file, {name: value for name, value in receipt.items() if name != "digest"})
+        write_sealed(file, receipt)
     left = tuple(one for one in writer.layout.sealed.get(pass_id, ()) if one != segment.segment)
     sealed = {one: segments for one, segments in {**writer.layout.sealed, pass_id: left}.items() if segments}
     writer.layout = replace(writer.layout, sealed=sealed)
