@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -226,13 +227,16 @@ def _prepare(
 ) -> Attached:
     """Attach the parts and make tables and functions; return the parts with their aliases."""
     attached = attach_parts(connection, catalog.parts, lambda part: _present(locate, part))
-    refuse_callables(connection, attached)
-    for function in functions:
-        register(connection, function, raised)
-    _add_labels(connection, labels)
-    for table in TABLES:
-        query = view_query(table, attached, labelled=bool(labels))
-        connection.execute(f"CREATE VIEW {quote_name(table)} AS {query}")
+    # Listing functions takes DuckDB as long as all the rest does, and nothing of the rest could call one.
+    with ThreadPoolExecutor(1) as beside, connection.cursor() as cursor:
+        refused = beside.submit(refuse_callables, cursor, attached)
+        for function in functions:
+            register(connection, function, raised)
+        _add_labels(connection, labels)
+        for table in TABLES:
+            query = view_query(table, attached, labelled=bool(labels))
+            connection.execute(f"CREATE VIEW {quote_name(table)} AS {query}")
+        refused.result()
     return attached
 
 

@@ -79,8 +79,8 @@ def register(connection: duckdb.DuckDBPyConnection, function: SqlFunction, raise
     connection.create_function(
         function.name,
         call,
-        [duckdb.sqltype(kind) for kind in function.parameters],
-        duckdb.sqltype(function.returns),
+        [connection.sqltype(kind) for kind in function.parameters],  # `duckdb.sqltype` opens a database for itself
+        connection.sqltype(function.returns),
         type=ARROW,
         null_handling=SPECIAL if function.nulls == "special" else DEFAULT,
     )

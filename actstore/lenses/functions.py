@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,16 +14,18 @@ from actstore.errors import InvalidInput, UnknownName, explain, unknown_name
 from actstore.index import SqlFunction
 from actstore.store import StoreReader
 
-from .attribution import Prism
 from .columns import by_name, in_one, in_order, lists_of, places_by_name, ragged
-from .directions import Directions
 from .plain_arrow import integer_array, integers_of, text_array
 from .shares import ATTRIBUTION_TYPE
 from .significance import t_test_p
 from .snippets import places_of_rows, snippets
 from .stored import firings_of_rows, vectors_of_rows
-from .unembed import TopTokens, Unembed
-from .unembeddings import Unembeddings
+
+if TYPE_CHECKING:
+    from .attribution import Prism
+    from .directions import Directions
+    from .unembed import TopTokens, Unembed
+    from .unembeddings import Unembeddings
 
 __all__ = ["Functions"]
 
@@ -37,9 +40,29 @@ class Functions:
 
     def __init__(self, reader: StoreReader) -> None:
         self.reader = reader
-        self.unembeddings = Unembeddings(reader)
-        self.directions = Directions(reader)
-        self.prism = Prism(reader, self.directions, self.unembeddings)
+
+    # What most questions do without is imported when it is first asked for.
+
+    @cached_property
+    def unembeddings(self) -> Unembeddings:
+        """The unembeddings of the store's passes."""
+        from .unembeddings import Unembeddings
+
+        return Unembeddings(self.reader)
+
+    @cached_property
+    def directions(self) -> Directions:
+        """What the features of the store's SAEs write."""
+        from .directions import Directions
+
+        return Directions(self.reader)
+
+    @cached_property
+    def prism(self) -> Prism:
+        """What each part of the model adds to a logit."""
+        from .attribution import Prism
+
+        return Prism(self.reader, self.directions, self.unembeddings)
 
     def all(self) -> Sequence[SqlFunction]:
         """Return every function, ready to be registered."""

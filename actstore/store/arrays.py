@@ -10,7 +10,6 @@ import math
 import warnings
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -20,7 +19,7 @@ from zarr.storage import MemoryStore
 from actstore.blocks import MatrixSpec
 from actstore.sealed import canonical_json
 
-from . import bfloat16 as _registered
+from . import bfloat16  # registers the data type: before an array of it is made or read
 from .plain_shards import PlainShard, join_chunks
 
 __all__ = [
@@ -36,8 +35,6 @@ __all__ = [
     "shard_file",
 ]
 
-assert _registered.BFLOAT16  # the data type must be registered before an array of it is made
-
 CHUNK_BYTES = 256 * 1024
 FILLER = {"float32": math.nan, "bfloat16": math.nan, "int8": 0, "int32": -1, "int64": -1, "uint8": 0}
 SHUFFLED = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle")
@@ -46,7 +43,7 @@ SEPARATOR = "."  # `c.<shard>.0`: one directory per array, one file per shard
 
 def dtype_of(name: str) -> np.dtype[Any]:
     """Return the numpy dtype of a stored type's name."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+    return bfloat16.BFloat16().to_native_dtype() if name == bfloat16.NAME else np.dtype(name)
 
 
 def compressors(codec: BloscCodec | None = SHUFFLED) -> tuple[Any, ...]:
@@ -77,7 +74,7 @@ def memory_array(
             shape=shape,
             chunks=chunks,
             shards=shards,
-            dtype=_registered.BFloat16() if dtype == _registered.BFLOAT16 else dtype,
+            dtype=bfloat16.BFloat16() if dtype.name == bfloat16.NAME else dtype,
             fill_value=fill,
             compressors=compressors(codec),
             chunk_key_encoding={"name": "default", "separator": SEPARATOR},

@@ -9,33 +9,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-import ml_dtypes
 import numpy as np
 from zarr.core.dtype import Float16
 from zarr.core.dtype.common import DataTypeValidationError
 from zarr.dtype import data_type_registry
 
-__all__ = ["BFLOAT16", "BFloat16"]
+__all__ = ["NAME", "BFloat16"]
 
-BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+NAME = "bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BFloat16(Float16):
-    """Brain floating point: the upper half of a float32; numpy sees it through ml_dtypes."""
+    """Brain floating point: the upper half of a float32; numpy sees it through ml_dtypes.
 
-    dtype_cls = type(BFLOAT16)  # type: ignore[assignment]
-    _zarr_v3_name = "bfloat16"
+    That is imported where there is such an array: most questions wait for none.
+    """
+
+    _zarr_v3_name = NAME
     _zarr_v2_names = ()  # type: ignore[assignment]
 
     @classmethod
     def from_native_dtype(cls, dtype: Any) -> Self:
-        if dtype == BFLOAT16:
+        if np.dtype(dtype).name == NAME:
             return cls()
         raise DataTypeValidationError(f"Invalid data type: {dtype}. Expected bfloat16.")
 
     def to_native_dtype(self) -> Any:
-        return BFLOAT16
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
 
 
 data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)
