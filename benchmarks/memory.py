@@ -1,15 +1,17 @@
 """Does memory grow with the corpus? The peak of an extraction of four times as many tokens, over that of one.
 
-python benchmarks/memory.py [--tokens 150000]
+python benchmarks/memory.py [--tokens 150000] [--rounds 3]
 
-Each size is extracted in a process of its own: two sites, one SAE, predictions. The index, built afterwards, takes more
-for more firings up to a bound of its own: see benchmarks/index.py.
+Each size is extracted in a process of its own, the sizes in turns: two sites, one SAE, predictions. What is computed
+and what is written beside it meet differently in every run, so the median of the peaks counts. The index, built
+afterwards, takes more for more firings up to a bound of its own: see benchmarks/index.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import statistics
 import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -49,13 +51,17 @@ def peak(home: Path, n_tokens: int) -> tuple[int, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=150_000)
+    parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as home:
-        sizes = [peak(Path(home), asked.tokens * times) for times in (1, TIMES)]
-    for n_rows, memory_mb in sizes:
-        print(f"{n_rows:>8} tokens: peak resident memory {memory_mb:.0f} MB")
-    growth = 100 * (sizes[1][1] / sizes[0][1] - 1)
-    name = f"growth of resident memory, {sizes[0][0] / 1000:.0f} k to {sizes[1][0] / 1000:.0f} k tokens"
+    found: list[list[tuple[int, float]]] = []
+    for _ in range(asked.rounds):
+        with tempfile.TemporaryDirectory() as home:
+            found.append([peak(Path(home), asked.tokens * times) for times in (1, TIMES)])
+    n_rows, peaks = zip(*(zip(*size, strict=True) for size in zip(*found, strict=True)), strict=True)
+    for rows, memory_mb in zip(n_rows, peaks, strict=True):
+        print(f"{rows[0]:>8} tokens: peak resident memory {', '.join(f'{one:.0f}' for one in memory_mb)} MB")
+    growth = 100 * (statistics.median(peaks[1]) / statistics.median(peaks[0]) - 1)
+    name = f"growth of resident memory, {n_rows[0][0] / 1000:.0f} k to {n_rows[1][0] / 1000:.0f} k tokens"
     show([Measure(name, growth, 10, 2, "%", less=True)])
 
 

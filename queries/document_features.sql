@@ -27,4 +27,5 @@ ranked AS (
 )
 SELECT feature, n_rows, lift, max_activation, snippet(row, 5, 3) AS strongest, label
 FROM ranked
-ORDER BY n_rows * ln(lift) DESC, feature;
+ORDER BY n_rows * ln(lift) DESC, feature
+LIMIT $k;

@@ -15,7 +15,7 @@ FROM (
     SELECT row, activation, token_at(row) AS here, snippet(row, $before, $after) AS example FROM examples
     WHERE sae = $sae AND feature = $feature AND rank <= $k
 )
-ORDER BY activation DESC, row;
+ORDER BY activation DESC, row LIMIT $k;
 -- :else
 WITH placed AS (
     SELECT a.row, a.activation, t.doc, t.pos, t.token,
@@ -32,4 +32,4 @@ chosen AS (
 SELECT activation, token, snippet(row, $before, $after) AS example, doc, pos, row,
        CASE WHEN $per_document > 0 THEN n_merged END AS n_merged
 FROM chosen
-ORDER BY activation DESC, row;
+ORDER BY activation DESC, row LIMIT $k;

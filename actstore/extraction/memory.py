@@ -9,8 +9,9 @@ from functools import cache
 
 __all__ = ["keep_freed_memory", "peak_memory_bytes"]
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 LARGEST_BLOCK = 1 << 30
+N_ARENAS = 2  # for what computes and what writes: every other thread would keep freed blocks of its own
 
 
 @cache
@@ -26,7 +27,8 @@ def keep_freed_memory() -> bool:
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is None:  # musl
         return False
-    return bool(set_option(M_MMAP_THRESHOLD, LARGEST_BLOCK)) and bool(set_option(M_TRIM_THRESHOLD, LARGEST_BLOCK))
+    options = ((M_MMAP_THRESHOLD, LARGEST_BLOCK), (M_TRIM_THRESHOLD, LARGEST_BLOCK), (M_ARENA_MAX, N_ARENAS))
+    return all(bool(set_option(*option)) for option in options)
 
 
 def peak_memory_bytes() -> int:

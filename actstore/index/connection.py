@@ -18,9 +18,10 @@ from actstore.errors import CorruptStore, QueryError, explain
 from .attaching import attach_parts, refuse_callables
 from .catalog import Catalog, Part
 from .engine import REMAKE, in_memory, reading_error
+from .few import Limit, few_rows, keeps_few, limit_of
 from .functions import Raised, SqlFunction, register
 from .late import call_late
-from .narrowing import Place, find_places, narrow
+from .narrowing import Parameters, Place, find_places, narrow
 from .schema import PART_TABLES, TABLES, create_table, quote_name
 from .statements import MAX_TEXT_BYTES, check_statement
 from .views import LABELS, NARROWED, Attached, of_sae, view_query
@@ -28,7 +29,6 @@ from .views import LABELS, NARROWED, Attached, of_sae, view_query
 __all__ = ["Answer", "Connection", "Labels", "open_index", "plain_connection"]
 
 Labels = Iterable[tuple[str, int, str]]  # sae, feature, label
-Parameters = Sequence[Any] | Mapping[str, Any] | None
 Locate = Callable[[str], Path]
 
 # Files first: DuckDB could otherwise be told to overwrite or detach the parts that it has open. What locks comes last.
@@ -99,12 +99,17 @@ class Narrowed:
         return view_query(table, self._parts[sae], labelled=sae in self._labelled)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checked:
-    """A statement that was found to be only reading: the text to execute, and where it may be narrowed."""
+    """A statement that was found to be only reading: the text to execute, where it may be narrowed, what it keeps.
+
+    `is_alike` is no more where its answer turned out to have columns that DuckDB has to encode.
+    """
 
     text: str
     places: tuple[Place, ...]
+    limit: Limit
+    is_alike: bool = True
 
 
 class Connection:
@@ -129,6 +134,9 @@ class Connection:
         Raises QueryError, saying what is accepted, for anything but one reading statement or where it is wrong;
         what a function raised as its own error; CorruptStore where a part is damaged.
         """
+        few = self._few(text, parameters)
+        if few is not None:
+            return Answer(few.slice(0, limit), limit is not None and len(few) > limit)
         with self.stream(text, parameters) as reader:
             held: list[pa.RecordBatch] = []
             n_rows = 0
@@ -140,6 +148,17 @@ class Connection:
             table = _with_integers(pa.Table.from_batches(held, reader.schema))
         truncated = limit is not None and n_rows > limit
         return Answer(table.slice(0, limit) if truncated else table, truncated)
+
+    def _few(self, text: str, parameters: Parameters) -> pa.Table | None:
+        """Return the answer of a statement that keeps few rows, None of one that is to be streamed."""
+        checked = self._checked(text)
+        if not (checked.is_alike and keeps_few(checked.limit, parameters)):
+            return None
+        with self._root.cursor() as cursor, self._translated():
+            statement = self._parsed(*self._narrow(checked, parameters))
+            few = few_rows(cursor.execute(statement, _bound(parameters)))
+        checked.is_alike = few is not None
+        return few
 
     def stream(
         self, text: str, parameters: Parameters = None, *, batch_rows: int = _BATCH_ROWS
@@ -166,12 +185,13 @@ class Connection:
         """Return what to execute: with functions called late, where the check accepts that text as well."""
         with self._root.cursor() as cursor:
             statement = check_statement(cursor, text)
+            limit = limit_of(statement.select)
             if statement.select is not None:
                 late = call_late(statement.text, statement.select, statement.nodes, self._functions)
                 with suppress(QueryError):
                     statement = check_statement(cursor, late) if late else statement
         places = () if statement.select is None else find_places(statement.text, statement.nodes, NARROWED)
-        return Checked(statement.text, places)
+        return Checked(statement.text, places, limit)
 
     def _narrow(self, checked: Checked, parameters: Parameters) -> tuple[str, bool]:
         """Return the text to execute, and whether it is another than was checked."""

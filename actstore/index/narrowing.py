@@ -22,7 +22,7 @@ from typing import Any
 from .schema import quote_name
 from .statements import below
 
-__all__ = ["Place", "find_places", "narrow"]
+__all__ = ["Parameters", "Place", "bound_value", "find_places", "narrow"]
 
 Node = Mapping[str, Any]
 Parameters = Sequence[Any] | Mapping[str, Any] | None
@@ -48,12 +48,15 @@ class Place:
 
     def subject(self, parameters: Parameters) -> object:
         """Return the SAE that is asked for, or anything else where the parameters do not say."""
-        if self.parameter is None:
-            return self.sae
-        if isinstance(parameters, Mapping):
-            return parameters.get(self.parameter)
-        place = int(self.parameter) if self.parameter.isdecimal() else 0
-        return parameters[place - 1] if parameters and 0 < place <= len(parameters) else None
+        return self.sae if self.parameter is None else bound_value(self.parameter, parameters)
+
+
+def bound_value(parameter: str, parameters: Parameters) -> object:
+    """Return the value of `$name`, or of the `?` of that number, None where there is none."""
+    if isinstance(parameters, Mapping):
+        return parameters.get(parameter)
+    place = int(parameter) if parameter.isdecimal() else 0
+    return parameters[place - 1] if parameters and 0 < place <= len(parameters) else None
 
 
 def find_places(text: str, nodes: Sequence[Node], tables: Collection[str]) -> tuple[Place, ...]:

@@ -31,7 +31,6 @@ from .tables import sae_rows, site_rows, small_tables
 
 __all__ = ["StoreReader"]
 
-TOKEN_SHARDS_CACHED = 64
 FIRING_SHARDS_CACHED = 16
 DOCUMENTS_CACHED = 128
 TOKEN_BYTES, TEXT_BYTES = 192 << 20, 64 << 20  # decoded, kept for rows and documents that are asked for one by one
@@ -60,7 +59,6 @@ class StoreReader:
         self.layout = load_layout(self.location)
         self.shard_rows = self.store.shard_rows
         # Caches belong to one reader and go with it.
-        self.tokens = lru_cache(TOKEN_SHARDS_CACHED)(self._tokens)
         self.firings_cached = lru_cache(FIRING_SHARDS_CACHED)(self.firings)
         self.array = lru_cache(None)(self._array)
         self._digests = lru_cache(None)(self._receipt_digests)
@@ -199,7 +197,8 @@ class StoreReader:
                 )
             )
 
-    def _tokens(self, shard: int) -> npt.NDArray[np.int32]:
+    def tokens(self, shard: int) -> npt.NDArray[np.int32]:
+        """Return the token fields of one shard's rows in use: int32 (row, field), the fields as in TOKEN_FIELDS."""
         return np.asarray(self.matrix("corpus/tokens", shard), dtype=np.int32)
 
     def token_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
