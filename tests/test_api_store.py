@@ -335,6 +335,24 @@ def test_reading_imports_neither_torch_nor_transformers(small: SmallStore) -> No
     assert done.returncode == 0, done.stderr
 
 
+FIRST = """
+import sys
+import actstore
+store = actstore.open({path!r})
+assert len(store.query("max_activating", {{"sae": {sae!r}, "feature": 9}}).rows()) > 1
+assert len(store.sql("SELECT row, token, is_special FROM tokens LIMIT 3").rows()) == 3
+heavy = [name for name in ("pandas", "pyarrow.compute", "numpy.ma", "ml_dtypes") if name in sys.modules]
+sys.exit(f"imported {{heavy}}" if heavy else 0)
+"""
+
+
+def test_a_first_answer_waits_for_no_library_that_it_does_not_need(small: SmallStore) -> None:
+    # pyarrow imports pandas, where it is, for any array that is made of Python values or of numpy's.
+    program = FIRST.format(path=str(small.path), sae=RES)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_statement_that_ends_the_database_ends_no_other(small: SmallStore) -> None:
     with actstore.open(small.path) as store:
         with pytest.raises(QueryError, match="JSON path"):

@@ -14,7 +14,7 @@ FILES = sorted([*(ROOT / "actstore").rglob("*.py"), *(ROOT / "cli").rglob("*.py"
 # Each knows earlier ones.
 GROUND = (
     *("errors", "progress", "settings", "health", "sealed", "sites", "blocks", "recipe", "tensors", "quantised"),
-    *("run_report", "on_demand", "hub"),
+    *("run_report", "on_demand", "hub", "plain_arrow"),
 )
 ROOMS = ("models", "saes", "corpus", "store", "index")
 FLOORS: dict[str, int] = {

@@ -12,6 +12,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from actstore.plain_arrow import array_of
+
 from .narrowing import Parameters, bound_value
 
 __all__ = ["Limit", "few_rows", "keeps_few", "limit_of"]
@@ -23,18 +25,18 @@ Limit = tuple[int | None, str | None]  # rows as the text says, or else the para
 
 # Whose values Python and Arrow hold alike; what answers have of others is for DuckDB to encode.
 _ALIKE = {
-    "BOOLEAN": pa.bool_(),
-    "TINYINT": pa.int8(),
-    "SMALLINT": pa.int16(),
-    "INTEGER": pa.int32(),
-    "BIGINT": pa.int64(),
-    "UTINYINT": pa.uint8(),
-    "USMALLINT": pa.uint16(),
-    "UINTEGER": pa.uint32(),
-    "UBIGINT": pa.uint64(),
-    "FLOAT": pa.float32(),
-    "DOUBLE": pa.float64(),
-    "VARCHAR": pa.string(),
+    "BOOLEAN": "bool",
+    "TINYINT": "int8",
+    "SMALLINT": "int16",
+    "INTEGER": "int32",
+    "BIGINT": "int64",
+    "UTINYINT": "uint8",
+    "USMALLINT": "uint16",
+    "UINTEGER": "uint32",
+    "UBIGINT": "uint64",
+    "FLOAT": "float32",
+    "DOUBLE": "float64",
+    "VARCHAR": "string",
 }
 
 
@@ -60,9 +62,9 @@ def keeps_few(limit: Limit, parameters: Parameters) -> bool:
 def few_rows(executed: duckdb.DuckDBPyConnection) -> pa.Table | None:
     """Return all rows of an executed statement, None where a column's type is not one of those that are alike."""
     names, kinds, *_ = zip(*executed.description, strict=True)
-    types = [_ALIKE.get(str(kind)) for kind in kinds]
-    if None in types:
+    alike = [_ALIKE[str(kind)] for kind in kinds if str(kind) in _ALIKE]
+    if len(alike) < len(kinds):
         return None
     columns = list(zip(*executed.fetchall(), strict=True)) or [()] * len(names)
-    arrays = [pa.array(values, kind) for values, kind in zip(columns, types, strict=True)]
+    arrays = [array_of(values, kind) for values, kind in zip(columns, alike, strict=True)]
     return pa.Table.from_arrays(arrays, names=list(names))

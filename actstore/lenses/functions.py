@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from actstore.errors import InvalidInput, UnknownName, explain, unknown_name
 from actstore.index import SqlFunction
+from actstore.plain_arrow import integer_array, integers_of, text_array
 from actstore.store import StoreReader
 
 from .columns import by_name, in_one, in_order, lists_of, places_by_name, ragged
-from .plain_arrow import integer_array, integers_of, text_array
 from .shares import ATTRIBUTION_TYPE
 from .significance import t_test_p
 from .snippets import places_of_rows, snippets
