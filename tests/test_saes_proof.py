@@ -169,6 +169,40 @@ def test_an_fvu_above_one_is_refused_even_where_nothing_is_better() -> None:
     assert found["resid_post.3"].ok is False and (found["resid_post.3"].value or 0) > 1
 
 
+def fvu_of(rows: torch.Tensor) -> float:
+    """What the toy leaves: everything that is small, of the variance around the mean."""
+    values = rows.double().numpy()
+    left = np.where(np.abs(values) <= 0.5, values, 0)
+    return float((left**2).sum() / ((values - values.mean(axis=0)) ** 2).sum())
+
+
+def test_a_site_that_is_far_off_on_the_first_rows_is_not_asked_on_the_others() -> None:
+    near, far = rows_of(1.8, 4000, 1), rows_of(0.5, 4000, 2)
+    far[1024:] = rows_of(9.0, 2976)  # what comes later would speak for it
+    found = by_site(compete(SaeEncoder(identity_coder(), "cpu"), {HERE: rows_of(2.0, 4000), BELOW: near, ABOVE: far}))
+    assert found["resid_post.3"].value == pytest.approx(fvu_of(rows_of(2.0, 4000)), rel=1e-5)
+    assert found["resid_pre.3"].value == pytest.approx(fvu_of(near), rel=1e-5)
+    assert found["resid_mid.4"].value == pytest.approx(fvu_of(far[:1024]), rel=1e-5)
+    assert fvu_of(far[:1024]) > 2 * fvu_of(rows_of(2.0, 4000)) and all(check.ok for check in found.values())
+    assert found["resid_mid.4"].expected.endswith("on the first 1,024 rows")
+    assert "1,024" not in found["resid_pre.3"].expected
+
+
+def test_a_wrong_site_is_found_on_all_rows_where_the_first_do_not_tell() -> None:
+    rival = rows_of(1.0, 4000, 1)
+    rival[1024:] = rows_of(6.0, 2976)
+    found = by_site(compete(SaeEncoder(identity_coder(), "cpu"), {HERE: rows_of(1.0, 4000), BELOW: rival}))
+    assert found["resid_post.3"].ok is found["resid_pre.3"].ok is False
+    assert found["resid_pre.3"].value == pytest.approx(fvu_of(rival), rel=1e-5)
+
+
+def test_a_site_without_an_fvu_is_not_taken_for_a_far_one() -> None:
+    flat = torch.ones(1500, WIDTH)
+    flat[1024:] = rows_of(9.0, 476)
+    found = by_site(compete(SaeEncoder(identity_coder(), "cpu"), {HERE: rows_of(1.0), BELOW: flat}))
+    assert found["resid_pre.3"].value == pytest.approx(fvu_of(flat), rel=1e-5) and not found["resid_post.3"].ok
+
+
 def test_with_few_rows_nobody_wins() -> None:
     candidates = {BELOW: rows_of(0.5, 500), HERE: rows_of(2.0, 500)}
     assert {check.ok for check in compete(SaeEncoder(identity_coder(BELOW), "cpu"), candidates)} == {None}
