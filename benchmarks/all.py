@@ -18,7 +18,7 @@ from measures import COLLECTED, read_measures, table
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = (
-    ("overlap.py",),
+    ("overlap.py", "--tokens", "8000", "--rounds", "2"),
     ("one_core.py",),
     ("memory.py",),
     ("storage.py",),

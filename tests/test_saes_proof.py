@@ -196,6 +196,16 @@ def test_a_wrong_site_is_found_on_all_rows_where_the_first_do_not_tell() -> None
     assert found["resid_pre.3"].value == pytest.approx(fvu_of(rival), rel=1e-5)
 
 
+def test_a_far_site_is_not_compared_with_what_later_rows_make_of_the_declared_one() -> None:
+    own, rival = rows_of(2.0, 4000), rows_of(1.0, 4000, 1)
+    own[1024:] = rows_of(0.3, 2976)  # later the declared site is explained worse, and so is every other
+    rival[1024:] = rows_of(0.1, 2976)
+    assert 2 * fvu_of(own[:1024]) < fvu_of(rival[:1024]) < 0.95 * fvu_of(own) < fvu_of(rival)
+    found = by_site(compete(SaeEncoder(identity_coder(), "cpu"), {HERE: own, BELOW: rival}))
+    assert found["resid_pre.3"].value == pytest.approx(fvu_of(rival), rel=1e-5)
+    assert all(check.ok for check in found.values())
+
+
 def test_a_site_without_an_fvu_is_not_taken_for_a_far_one() -> None:
     flat = torch.ones(1500, WIDTH)
     flat[1024:] = rows_of(9.0, 476)

@@ -248,7 +248,7 @@ def _prepare(
     """Attach the parts and make tables and functions; return the parts with their aliases."""
     attached = attach_parts(connection, catalog.parts, lambda part: _present(locate, part))
     # Listing functions takes DuckDB as long as all the rest does, and nothing of the rest could call one.
-    with ThreadPoolExecutor(1) as beside, connection.cursor() as cursor:
+    with connection.cursor() as cursor, ThreadPoolExecutor(1) as beside:
         refused = beside.submit(refuse_callables, cursor, attached)
         for function in functions:
             register(connection, function, raised)

@@ -115,8 +115,8 @@ def compete(
 
     writes (row, d_out): the candidates of what a transcoder writes. It competes at every site to read with its own to
     write, at every site to write with its own to read, and with both of its sites in another layer. among: what the
-    candidates are, for the message. A site whose FVU on the first 1,024 rows is twice the declared one's is out, and
-    keeps that FVU; what is left competes on all rows.
+    candidates are, for the message. A site whose FVU on the first 1,024 rows is twice the declared one's there, and no
+    less than it would have to be on all rows, keeps that FVU; what is left competes on all rows.
     Not ok is a site that beats the declared one by more than 5 %, and the declared one where its FVU exceeds 1 or
     it is beaten; the message names the better site. With fewer than 1,024 rows `ok` is None.
     Raises InvalidInput where a declared site is not among the candidates.
@@ -132,9 +132,12 @@ def compete(
         return _fit(encoder, reads[pair.read][:n_first], writes[pair.write][:n_first] if pair.write else None).fvu
 
     fvus = {pair: fvu(pair, ROWS_NEEDED) for pair in _pairs(declared, reads, writes)}
-    # What is not a number is not far.
-    far = {pair for pair in fvus if fvus[pair] > FAR * fvus[declared]} if n_rows > ROWS_NEEDED else set()
-    fvus |= {pair: fvu(pair, n_rows) for pair in fvus if n_rows > ROWS_NEEDED and pair not in far}
+    far: set[_Pair] = set()
+    if n_rows > ROWS_NEEDED:
+        own = fvu(declared, n_rows)
+        least, bar = FAR * fvus[declared], WINS_BELOW * own
+        far = {pair for pair in fvus if fvus[pair] > least and fvus[pair] >= bar}  # what is not a number is not far
+        fvus |= {pair: fvu(pair, n_rows) for pair in fvus.keys() - far - {declared}} | {declared: own}
     return [_verdict(encoder, declared, pair, fvus, far, n_rows >= ROWS_NEEDED, among) for pair in fvus]
 
 

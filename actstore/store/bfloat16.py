@@ -31,7 +31,7 @@ class BFloat16(Float16):
 
     @classmethod
     def from_native_dtype(cls, dtype: Any) -> Self:
-        if np.dtype(dtype).name == NAME:
+        if dtype.name == NAME:
             return cls()
         raise DataTypeValidationError(f"Invalid data type: {dtype}. Expected bfloat16.")
 
