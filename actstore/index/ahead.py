@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
 from typing import TypeVar
 
 __all__ = ["ahead", "behind"]
@@ -29,13 +30,26 @@ def ahead(make: Callable[[Given], Made], given: Iterable[Given], n_threads: int)
                 future.cancel()
 
 
-def behind(use: Callable[[Made], None], made: Iterable[Made]) -> None:
-    """Call `use` for each, in order, in a thread of its own, while the next one is made."""
+def behind(use: Callable[[Made], None], made: Iterable[Made], n_waiting: int = 1) -> None:
+    """Call `use` for each, in order, in a thread of its own, while so many of the next are made.
+
+    Where one call takes as long as making many, these are made meanwhile. Nothing is used after an error.
+    """
+    pending: deque[Future[None]] = deque()
+    failed = Event()
+
+    def use_next(one: Made) -> None:
+        if not failed.is_set():
+            try:
+                use(one)
+            except BaseException:
+                failed.set()
+                raise
+
     with ThreadPoolExecutor(1) as pool:
-        used: Future[None] | None = None
         for one in made:
-            if used is not None:
-                used.result()
-            used = pool.submit(use, one)
-        if used is not None:
-            used.result()
+            if len(pending) >= n_waiting:
+                pending.popleft().result()
+            pending.append(pool.submit(use_next, one))
+        for future in pending:
+            future.result()

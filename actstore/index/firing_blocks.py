@@ -16,6 +16,7 @@ from .parts import PartWriter
 __all__ = ["Firings", "append_firings", "firing_types"]
 
 FIRINGS_PER_RUN = 64
+BLOCKS_WAITING = 6  # DuckDB takes several together, which takes as long as making six
 
 
 @dataclass(frozen=True)
@@ -64,5 +65,5 @@ def firing_types(half: bool, n_firings: int, n_features: int, n_marked: int) -> 
 
 
 def append_firings(writer: PartWriter, blocks: Iterator[Firings]) -> None:
-    """Append blocks in their order; while DuckDB compresses one, the next is made."""
-    behind(lambda firings: writer.append("firings", firings.table()), blocks)
+    """Append blocks in their order; while DuckDB compresses some, the next are made."""
+    behind(lambda firings: writer.append("firings", firings.table()), blocks, BLOCKS_WAITING)
