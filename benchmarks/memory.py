@@ -13,13 +13,25 @@ import argparse
 import multiprocessing
 import statistics
 import tempfile
+from itertools import cycle, islice
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import workload
 from measures import Measure, show
 
 TIMES = 4
+
+
+def documents_of(n_tokens: int) -> list[dict[str, Any]]:
+    """Return the embedded documents again and again, until they have about so many tokens."""
+    from actstore.corpus import load_tokenizer
+    from actstore.demo import assets
+
+    documents = assets().documents()
+    n_held = len(load_tokenizer(assets().model).encode([document["text"] for document in documents]).ids)
+    return list(islice(cycle(documents), round(n_tokens * len(documents) / n_held)))
 
 
 def extracted(sender: Connection, out: Path, n_tokens: int) -> None:
@@ -29,7 +41,7 @@ def extracted(sender: Connection, out: Path, n_tokens: int) -> None:
     sae = assets().saes[0]
     outcome = workload.build_store(
         out,
-        workload.repeated_documents(n_tokens),
+        documents_of(n_tokens),
         sites=["resid_post.0", "resid_post.5"],
         saes=[str(sae)],
         with_index=False,

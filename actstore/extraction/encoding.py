@@ -34,6 +34,7 @@ from .directions import PROJECTED, directions_of, written_site
 from .flips import flip_checks
 from .identity import pass_id_of, precision_of, refuse_again, refuse_dropped, refuse_pattern
 from .kit import sae_weight_bytes, write_feature_logits, write_sae_weights
+from .memory import keep_freed_memory
 from .plan import Plan, check_disk, estimate
 from .planning import firings_a_row, planned_identity
 from .proof import prove_saes
@@ -54,6 +55,7 @@ def encode(request: EncodeRequest, report: Report = silent) -> Outcome:
     Of every shard whose sites are stored; the pass is complete when that is all of them.
     Raises ActstoreError for everything that a user can cause; every shard that was finished is kept.
     """
+    keep_freed_memory()
     StoreWriter.open(request.store)  # raises where there is none
     encoders = _load(request, StoredSites(StoreReader(request.store), choose_device(request.device)), report)
     with ExitStack() as working:

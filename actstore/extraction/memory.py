@@ -11,7 +11,7 @@ __all__ = ["keep_freed_memory", "peak_memory_bytes"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 LARGEST_BLOCK = 1 << 30
-N_ARENAS = 2  # for what computes and what writes: every other thread would keep freed blocks of its own
+N_ARENAS = 1  # every other arena keeps freed blocks of its own, and they are large: threads meet in few calls
 
 
 @cache
@@ -20,7 +20,8 @@ def keep_freed_memory() -> bool:
 
     glibc gives every freed block above 32 MB back to the kernel, which clears each of its pages again when the next
     activation of the same size is allocated, which a forward pass on the CPU does in every layer. The most that the
-    process ever used at once is what it keeps then.
+    process ever used at once is what it keeps then: once, and not in every thread, where this is called before
+    there are threads.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -12,6 +12,7 @@ from actstore.store import LOCK_SECONDS, PassWriter, StoreWriter, at_work, exclu
 
 from .checks import check_context, check_sites, check_target, check_tokenizer, tell_overruled
 from .identity import neurons_of, pass_id_of, refuse_dropped
+from .memory import keep_freed_memory
 from .opening import Opening
 from .planning import tokenizer_of
 from .request import Request
@@ -26,6 +27,7 @@ def extract(request: Request, report: Report = silent) -> Outcome:
 
     Raises ActstoreError for everything that a user can cause; every shard that was finished is kept.
     """
+    keep_freed_memory()
     check_target(request)
     files = without_neurons(request.saes)
     resolved = expand_sae_arguments(files, allow_pt=request.allow_pt)

@@ -16,7 +16,7 @@ from actstore.progress import Report
 from actstore.run_report import RunReport, bound_of
 from actstore.store import Journal, PassWriter, StoreReader
 
-from .memory import keep_freed_memory, peak_memory_bytes
+from .memory import peak_memory_bytes
 from .pipeline import Committed, Committer
 from .stopwatch import Stopwatch
 
@@ -72,7 +72,6 @@ def run_pass(
     Of all shards, or of those in `shards`: others cannot be made yet.
     Raises InvalidInput where the pass was begun on another type of device, unless `mixed`.
     """
-    keep_freed_memory()
     reader = StoreReader(passing.root)
     if not mixed:
         _refuse_other_device(passing, reader, maker.device.type)
